@@ -1,0 +1,120 @@
+// Vectors of the instruction set being compiled (see for_each_isa.h; no include guard: read once per set, inside its namespace).
+// GCC's vector extensions carry the arithmetic; intrinsics appear only where the language has no word for the operation.
+
+#define MFAC_INLINE __attribute__((always_inline)) inline
+
+// f64v and f32v fill a register; f32h is the half register of float32 that widens into one f64v.
+constexpr int kLanes = MFAC_VECTOR_BYTES / 8;
+constexpr int kLanes32 = MFAC_VECTOR_BYTES / 4;
+typedef double f64v __attribute__((vector_size(MFAC_VECTOR_BYTES)));
+typedef float f32v __attribute__((vector_size(MFAC_VECTOR_BYTES)));
+typedef float f32h __attribute__((vector_size(MFAC_VECTOR_BYTES / 2)));
+typedef uint32_t u32h __attribute__((vector_size(MFAC_VECTOR_BYTES / 2)));
+typedef int32_t i32h __attribute__((vector_size(MFAC_VECTOR_BYTES / 2)));
+typedef uint16_t u16q __attribute__((vector_size(MFAC_VECTOR_BYTES / 4)));
+
+// memcpy is the portable unaligned load; it compiles to one move.
+template <class V, class T>
+MFAC_INLINE V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V, class T>
+MFAC_INLINE void store(T* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <class To, class From>
+MFAC_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+MFAC_INLINE f64v broadcast(double x) { return x - f64v{}; }
+MFAC_INLINE f32v broadcast32(float x) { return x - f32v{}; }
+
+MFAC_INLINE double horizontal_sum(f64v v) {
+  double sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+
+// ---- widen: kLanes elements of any type to float64, exactly -------------------------------------------------------------------
+
+MFAC_INLINE f64v widen(const double* p) { return load<f64v>(p); }
+MFAC_INLINE f64v widen(const float* p) { return __builtin_convertvector(load<f32h>(p), f64v); }
+MFAC_INLINE f64v widen(const bf16* p) {
+  const u32h bits = __builtin_convertvector(load<u16q>(p), u32h) << 16;
+  return __builtin_convertvector(bit_cast<f32h>(bits), f64v);
+}
+MFAC_INLINE f32h half_to_float(u16q bits) {
+#if MFAC_ISA_LEVEL == 2
+  return bit_cast<f32h>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+#elif MFAC_ISA_LEVEL == 1
+  __m128i wide = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits));
+  return bit_cast<f32h>(_mm_cvtph_ps(wide));
+#else
+  // Exponent and mantissa moved into place and rescaled by 2^112: right for subnormals too. Inf and NaN get float32's exponent.
+  const u32h h = __builtin_convertvector(bits, u32h);
+  const u32h magnitude = (h & 0x7fff) << 13;
+  const f32h scaled = bit_cast<f32h>(magnitude) * 0x1p112f;
+  const u32h special = bit_cast<u32h>((h & 0x7c00) == 0x7c00) & 0x7f800000u;
+  return bit_cast<f32h>(bit_cast<u32h>(scaled) | special | ((h & 0x8000) << 16));
+#endif
+}
+MFAC_INLINE f64v widen(const fp16* p) { return __builtin_convertvector(half_to_float(load<u16q>(p)), f64v); }
+
+// ---- narrow: float64 to any type, to nearest even (16-bit types by way of float32) ---------------------------------------------
+
+MFAC_INLINE void narrow(double* p, f64v v) { store(p, v); }
+MFAC_INLINE void narrow(float* p, f64v v) { store(p, __builtin_convertvector(v, f32h)); }
+MFAC_INLINE void narrow(bf16* p, f64v v) {
+  const f32h single = __builtin_convertvector(v, f32h);
+  const u32h bits = bit_cast<u32h>(single);
+  const u32h rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const u32h is_nan = bit_cast<u32h>(single != single);
+  store(p, __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), u16q));
+}
+MFAC_INLINE void narrow(fp16* p, f64v v) {
+  const f32h single = __builtin_convertvector(v, f32h);
+#if MFAC_ISA_LEVEL == 2
+  store(p, _mm256_cvtps_ph(bit_cast<__m256>(single), _MM_FROUND_TO_NEAREST_INT));
+#elif MFAC_ISA_LEVEL == 1
+  const __m128i half = _mm_cvtps_ph(bit_cast<__m128>(single), _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &half, sizeof(u16q));
+#else
+  const u32h bits = bit_cast<u32h>(single);
+  const u32h sign = (bits >> 16) & 0x8000;
+  const u32h magnitude = bits & 0x7fffffff;
+  // Normal results: rebias the exponent, round to nearest even on the 13 dropped bits; a carry into the exponent is right as it is.
+  const u32h normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Subnormal results: adding 0.5 lets the float adder round at 2^-24.
+  const u32h subnormal = bit_cast<u32h>(bit_cast<f32h>(magnitude) + 0.5f) - 0x3f000000u;
+  const u32h is_subnormal = bit_cast<u32h>(magnitude < (113u << 23));
+  const u32h overflows = bit_cast<u32h>(magnitude >= 0x477ff000u);
+  const u32h is_nan = bit_cast<u32h>(magnitude > 0x7f800000u);
+  u32h half = (subnormal & is_subnormal) | (normal & ~is_subnormal);
+  half = (half & ~overflows) | (0x7c00 & overflows);
+  half = (half & ~is_nan) | (0x7e00 & is_nan);
+  store(p, __builtin_convertvector(half | sign, u16q));
+#endif
+}
+
+// ---- ragged ends ----------------------------------------------------------------------------------------------------------------
+
+// The first n < kLanes elements; the rest are zero.
+template <class T>
+MFAC_INLINE f64v widen_first(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  __builtin_memcpy(padded, p, n * sizeof(T));
+  return widen(padded);
+}
+template <class T>
+MFAC_INLINE void narrow_first(T* p, f64v v, int64_t n) {
+  T padded[kLanes];
+  narrow(padded, v);
+  __builtin_memcpy(p, padded, n * sizeof(T));
+}

@@ -1,0 +1,18 @@
+// Element types of the kernels. 16-bit types are opaque bit patterns: they are widened on load and rounded on store, never computed with.
+#pragma once
+#include <cstdint>
+
+namespace mfac_kernels {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// The order is that of every dispatch table: table[static_cast<int>(dtype)].
+enum class DType : int { f32, f64, bf16, fp16 };
+constexpr int kDTypes = 4;
+
+}  // namespace mfac_kernels

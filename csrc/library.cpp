@@ -1,0 +1,16 @@
+// Every op's schema: the contract of the library. Implementations register beside their glue; shapes are (rows, columns), m gradients of
+// dimension d. Semantics: mfac_kernels/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(mfac_kernels, m) {
+  // Instruction set of the CPU kernels: level < 0 asks, 0..2 chooses baseline, AVX2 or AVX-512. Returns the one in use.
+  m.def("cpu_capability(int level) -> int");
+
+  // M-FAC, sliding window. state (2,) int64 = (gradients seen, gradients refused)
+  m.def("window_insert_(Tensor(a!) window, Tensor state, Tensor g) -> Tensor");
+  m.def("window_dots(Tensor window, Tensor x) -> Tensor");
+  m.def("window_combine(Tensor window, Tensor coefficients, float beta, Tensor? x, float alpha, ScalarType dtype) -> Tensor");
+  m.def("core_insert_(Tensor(a!) gram, Tensor(b!) factor, Tensor(c!) state, Tensor dots, float damping, bool seen) -> Tensor");
+  m.def("core_solve(Tensor factor, Tensor state, Tensor b, float damping, bool seen) -> Tensor");
+  m.def("core_refactor_(Tensor gram, Tensor(a!) factor, Tensor state, float damping, bool seen) -> ()");
+}

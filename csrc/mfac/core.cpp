@@ -1,0 +1,107 @@
+// Glue of the m x m core: reads the ring's position from `state`, keeps the Gram matrix, calls the factor's kernels.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/checks.h"
+#include "mfac/mfac.h"
+
+namespace mfac_kernels {
+namespace {
+
+// Where the ring stands. K = shift I + S over the `filled` slots from `oldest`; empty slots are zero gradients.
+struct Ring {
+  int64_t m, oldest, filled;
+  double shift;
+
+  Ring(int64_t m, int64_t seen, double damping, bool divide_by_seen)
+      : m(m),
+        oldest(seen > m ? seen % m : 0),
+        filled(std::min(seen, m)),
+        shift(damping * static_cast<double>(divide_by_seen ? std::max<int64_t>(1, filled) : m)) {}
+  int64_t slot(int64_t age) const { return (oldest + age) % m; }
+};
+
+int64_t seen_of(const Tensor& state) { return *static_cast<const int64_t*>(state.const_data_ptr()); }
+
+int64_t check_core(const char* op, const Tensor& factor, const Tensor& state, double damping) {
+  check(factor.dim() == 2 && factor.size(0) > 0, op, ": factor: expected shape (m, m) with m >= 1, got ", shape(factor));
+  const int64_t m = factor.size(0);
+  check_state(op, "factor", factor, ScalarType::Double, {m, m});
+  check_state(op, "state", state, ScalarType::Long, {2});
+  check_damping(op, damping);
+  return m;
+}
+
+// Appends every gradient in the order of age: O(m^3), the same stable step as an insert.
+void refactor(const double* gram, double* factor, const Ring& ring) {
+  std::vector<double> work(2 * ring.m);
+  std::fill_n(factor, ring.m * ring.m, 0.0);
+  for (int64_t age = 0; age < ring.filled; ++age) {
+    const int64_t slot = ring.slot(age);
+    core_kernels().replace(factor, ring.m, slot, age, false, gram + slot * ring.m, ring.shift, work.data());
+  }
+}
+
+Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& state, const Tensor& dots, double damping, bool seen) {
+  constexpr const char* op = "core_insert_";
+  const int64_t m = check_core(op, factor, state, damping);
+  check_state(op, "gram", gram, ScalarType::Double, {m, m});
+  check_state(op, "dots", dots, ScalarType::Double, {m});
+  Tensor coefficients = torch::stable::new_zeros(dots, {m});
+  const auto* s = static_cast<const double*>(dots.const_data_ptr());
+  auto* counters = static_cast<int64_t*>(state.mutable_data_ptr());
+  if (!std::all_of(s, s + m, [](double value) { return std::isfinite(value); })) {
+    ++counters[1];
+    return coefficients;
+  }
+  auto* S = static_cast<double*>(gram.mutable_data_ptr());
+  auto* L = static_cast<double*>(factor.mutable_data_ptr());
+  const bool full = counters[0] >= m;
+  const int64_t slot = counters[0] % m;
+  for (int64_t i = 0; i < m; ++i) S[slot * m + i] = S[i * m + slot] = s[i];
+  const Ring ring(m, ++counters[0], damping, seen);
+  if (seen && !full && ring.filled > 1) {
+    refactor(S, L, ring);  // the shift grows with every gradient until the window is full
+  } else {
+    std::vector<double> work(2 * m);
+    core_kernels().replace(L, m, slot, ring.filled - 1, full, s, ring.shift, work.data());
+  }
+  core_kernels().solve_newest(L, m, ring.oldest, ring.filled, static_cast<double*>(coefficients.mutable_data_ptr()));
+  return coefficients;
+}
+
+Tensor core_solve(const Tensor& factor, const Tensor& state, const Tensor& b, double damping, bool seen) {
+  constexpr const char* op = "core_solve";
+  const int64_t m = check_core(op, factor, state, damping);
+  check(b.dim() == 2, op, ": b: expected 2 dimensions, got shape ", shape(b));
+  check_state(op, "b", b, ScalarType::Double, {b.size(0), m});
+  const Ring ring(m, seen_of(state), damping, seen);
+  Tensor x = torch::stable::clone(b);
+  for (int64_t i = 0; i < b.size(0); ++i)
+    core_kernels().solve(static_cast<const double*>(factor.const_data_ptr()), m, ring.oldest, ring.filled, ring.shift,
+                         static_cast<double*>(x.mutable_data_ptr()) + i * m);
+  return x;
+}
+
+void core_refactor_(const Tensor& gram, const Tensor& factor, const Tensor& state, double damping, bool seen) {
+  constexpr const char* op = "core_refactor_";
+  const int64_t m = check_core(op, factor, state, damping);
+  check_state(op, "gram", gram, ScalarType::Double, {m, m});
+  refactor(static_cast<const double*>(gram.const_data_ptr()), static_cast<double*>(factor.mutable_data_ptr()),
+           Ring(m, seen_of(state), damping, seen));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, CPU, m) {
+  m.impl("core_insert_", TORCH_BOX(&core_insert_));
+  m.impl("core_solve", TORCH_BOX(&core_solve));
+  m.impl("core_refactor_", TORCH_BOX(&core_refactor_));
+}
+
+}  // namespace mfac_kernels
