@@ -6,11 +6,19 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
   // Instruction set of the CPU kernels: level < 0 asks, 0..2 chooses baseline, AVX2 or AVX-512. Returns the one in use.
   m.def("cpu_capability(int level) -> int");
 
-  // M-FAC, sliding window. state (2,) int64 = (gradients seen, gradients refused)
+  // M-FAC, sliding window. state (2,) int64 = (gradients seen, gradients refused). Blocks of block_size columns are independent.
   m.def("window_insert_(Tensor(a!) window, Tensor state, Tensor g) -> Tensor");
-  m.def("window_dots(Tensor window, Tensor x) -> Tensor");
-  m.def("window_combine(Tensor window, Tensor coefficients, float beta, Tensor? x, float alpha, ScalarType dtype) -> Tensor");
-  m.def("core_insert_(Tensor(a!) gram, Tensor(b!) factor, Tensor(c!) state, Tensor dots, float damping, bool seen) -> Tensor");
-  m.def("core_solve(Tensor factor, Tensor state, Tensor b, float damping, bool seen) -> Tensor");
-  m.def("core_refactor_(Tensor gram, Tensor(a!) factor, Tensor state, float damping, bool seen) -> ()");
+  m.def("window_dots(Tensor window, Tensor x, int block_size) -> Tensor");
+  m.def(
+      "window_combine(Tensor window, Tensor coefficients, int block_size, float beta, Tensor? x, float alpha, ScalarType dtype) -> "
+      "Tensor");
+  m.def("core_insert_(Tensor(a!) gram, Tensor(b!) factor, Tensor(c!) state, Tensor dots, float shift, bool per_gradient) -> Tensor");
+  m.def("core_solve(Tensor factor, Tensor state, Tensor b, float shift, bool per_gradient) -> Tensor");
+  m.def("core_refactor_(Tensor gram, Tensor(a!) factor, Tensor state, float shift, bool per_gradient) -> ()");
+
+  // M-FAC, fixed gradients
+  m.def("gram(Tensor g) -> Tensor");
+  m.def("block_gram(Tensor g, int block_size) -> Tensor");
+  m.def("inverse_diagonal(Tensor g, Tensor transform, float damping) -> Tensor");
+  m.def("block_inverse(Tensor g, int block_size, float damping, float count) -> (Tensor inverse, Tensor info)");
 }

@@ -40,8 +40,7 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
     case ScalarType::BFloat16: return DType::bf16;
     case ScalarType::Half: return DType::fp16;
     default:
-      check(false, op, ": ", name, ": expected float32, float64, bfloat16 or float16, got ",
-            torch::headeronly::toString(t.scalar_type()));
+      check(false, op, ": ", name, ": expected float32, float64, bfloat16 or float16, got ", torch::headeronly::toString(t.scalar_type()));
       return DType::f32;
   }
 }
@@ -68,11 +67,6 @@ inline void check_state(const char* op, const char* name, const Tensor& t, Scala
         torch::headeronly::toString(t.scalar_type()));
   check_shape(op, name, t, expected);
   check(t.is_contiguous(), op, ": ", name, ": expected a contiguous tensor");
-}
-
-inline void check_damping(const char* op, double damping) {
-  check(damping > 0 && damping < std::numeric_limits<double>::infinity(), op, ": damping: expected a positive finite number, got ",
-        damping);
 }
 
 }  // namespace mfac_kernels

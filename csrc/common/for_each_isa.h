@@ -54,7 +54,7 @@ namespace mfac_kernels::avx512 {
 
 // Picks NAME of the instruction set in use; NAME must exist in each copy.
 #ifdef MFAC_HAS_X86_ISAS
-#define MFAC_FOR_ISA(NAME)                                          \
+#define MFAC_FOR_ISA(NAME)                                             \
   (::mfac_kernels::isa() == ::mfac_kernels::Isa::avx512 ? avx512::NAME \
    : ::mfac_kernels::isa() == ::mfac_kernels::Isa::avx2 ? avx2::NAME   \
                                                         : baseline::NAME)

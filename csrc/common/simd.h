@@ -25,6 +25,12 @@ MFAC_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// Into every cache level. The address need not exist.
+template <class T>
+MFAC_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 3);
+}
+
 template <class To, class From>
 MFAC_INLINE To bit_cast(From from) {
   static_assert(sizeof(To) == sizeof(From));
@@ -36,6 +42,36 @@ MFAC_INLINE To bit_cast(From from) {
 MFAC_INLINE f64v broadcast(double x) { return x - f64v{}; }
 MFAC_INLINE f32v broadcast32(float x) { return x - f32v{}; }
 
+// The same by scalar type, for kernels that exist in float32 and in float64.
+template <class S>
+struct VecOf {
+  using type = f64v;
+};
+template <>
+struct VecOf<float> {
+  using type = f32v;
+};
+template <class S>
+using Vec = typename VecOf<S>::type;
+template <class S>
+constexpr int kLanesOf = MFAC_VECTOR_BYTES / sizeof(S);
+template <class S>
+MFAC_INLINE Vec<S> splat(S x) {
+  return x - Vec<S>{};
+}
+
+// What products of T are computed in: float32 for float32 and narrower, float64 for float64.
+template <class T>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class T>
+using Compute = typename ComputeOf<T>::type;
+
 MFAC_INLINE double horizontal_sum(f64v v) {
   double sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += v[i];
@@ -43,29 +79,71 @@ MFAC_INLINE double horizontal_sum(f64v v) {
 }
 
 // ---- widen: kLanes elements of any type to float64, exactly -------------------------------------------------------------------
+// By intrinsic where there is one: GCC's __builtin_convertvector goes through half registers. (maskz: the plain form warns in GCC 12.)
 
-MFAC_INLINE f64v widen(const double* p) { return load<f64v>(p); }
-MFAC_INLINE f64v widen(const float* p) { return __builtin_convertvector(load<f32h>(p), f64v); }
-MFAC_INLINE f64v widen(const bf16* p) {
-  const u32h bits = __builtin_convertvector(load<u16q>(p), u32h) << 16;
-  return __builtin_convertvector(bit_cast<f32h>(bits), f64v);
-}
-MFAC_INLINE f32h half_to_float(u16q bits) {
+MFAC_INLINE f64v widen(f32h x) {
 #if MFAC_ISA_LEVEL == 2
-  return bit_cast<f32h>(_mm256_cvtph_ps(bit_cast<__m128i>(bits)));
+  return bit_cast<f64v>(_mm512_maskz_cvtps_pd(0xff, bit_cast<__m256>(x)));
 #elif MFAC_ISA_LEVEL == 1
-  __m128i wide = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bits));
-  return bit_cast<f32h>(_mm_cvtph_ps(wide));
+  return bit_cast<f64v>(_mm256_cvtps_pd(bit_cast<__m128>(x)));
+#else
+  return __builtin_convertvector(x, f64v);
+#endif
+}
+
+MFAC_INLINE u32h widen(u16q x) {
+#if MFAC_ISA_LEVEL == 2
+  return bit_cast<u32h>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(x)));
+#elif MFAC_ISA_LEVEL == 1
+  return bit_cast<u32h>(_mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&x))));
+#else
+  return __builtin_convertvector(x, u32h);
+#endif
+}
+
+MFAC_INLINE f32h half_to_float(u16q x) {
+#if MFAC_ISA_LEVEL == 2
+  return bit_cast<f32h>(_mm256_cvtph_ps(bit_cast<__m128i>(x)));
+#elif MFAC_ISA_LEVEL == 1
+  return bit_cast<f32h>(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&x))));
 #else
   // Exponent and mantissa moved into place and rescaled by 2^112: right for subnormals too. Inf and NaN get float32's exponent.
-  const u32h h = __builtin_convertvector(bits, u32h);
-  const u32h magnitude = (h & 0x7fff) << 13;
-  const f32h scaled = bit_cast<f32h>(magnitude) * 0x1p112f;
+  const u32h h = widen(x);
+  const f32h scaled = bit_cast<f32h>((h & 0x7fff) << 13) * 0x1p112f;
   const u32h special = bit_cast<u32h>((h & 0x7c00) == 0x7c00) & 0x7f800000u;
   return bit_cast<f32h>(bit_cast<u32h>(scaled) | special | ((h & 0x8000) << 16));
 #endif
 }
-MFAC_INLINE f64v widen(const fp16* p) { return __builtin_convertvector(half_to_float(load<u16q>(p)), f64v); }
+
+MFAC_INLINE f64v widen(const double* p) { return load<f64v>(p); }
+MFAC_INLINE f64v widen(const float* p) { return widen(load<f32h>(p)); }
+MFAC_INLINE f64v widen(const bf16* p) { return widen(bit_cast<f32h>(widen(load<u16q>(p)) << 16)); }
+MFAC_INLINE f64v widen(const fp16* p) { return widen(half_to_float(load<u16q>(p))); }
+
+// ---- widen32: kLanes elements of float32 or narrower to float32, exactly ---------------------------------------------------------
+
+MFAC_INLINE f32h widen32(const float* p) { return load<f32h>(p); }
+MFAC_INLINE f32h widen32(const bf16* p) { return bit_cast<f32h>(widen(load<u16q>(p)) << 16); }
+MFAC_INLINE f32h widen32(const fp16* p) { return half_to_float(load<u16q>(p)); }
+
+// out[0, n) = p[0, n) as S, and zero up to `padded`, a multiple of kLanes.
+template <class S, class T>
+MFAC_INLINE void widen_row(const T* p, int64_t n, S* out, int64_t padded) {
+  int64_t j = 0;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    __builtin_memcpy(out, p, n * sizeof(S));
+    j = n;
+  } else {
+    for (; j + kLanes <= n; j += kLanes) store(out + j, widen32(p + j));
+    if (j < n) {
+      T rest[kLanes] = {};
+      __builtin_memcpy(rest, p + j, (n - j) * sizeof(T));
+      store(out + j, widen32(rest));
+      j += kLanes;
+    }
+  }
+  if (j < padded) __builtin_memset(out + j, 0, (padded - j) * sizeof(S));
+}
 
 // ---- narrow: float64 to any type, to nearest even (16-bit types by way of float32) ---------------------------------------------
 

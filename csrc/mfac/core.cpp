@@ -14,26 +14,27 @@ namespace mfac_kernels {
 namespace {
 
 // Where the ring stands. K = shift I + S over the `filled` slots from `oldest`; empty slots are zero gradients.
+// per_gradient: the shift given is multiplied by the number of gradients held.
 struct Ring {
   int64_t m, oldest, filled;
   double shift;
 
-  Ring(int64_t m, int64_t seen, double damping, bool divide_by_seen)
+  Ring(int64_t m, int64_t seen, double shift, bool per_gradient)
       : m(m),
         oldest(seen > m ? seen % m : 0),
         filled(std::min(seen, m)),
-        shift(damping * static_cast<double>(divide_by_seen ? std::max<int64_t>(1, filled) : m)) {}
+        shift(per_gradient ? shift * static_cast<double>(std::max<int64_t>(1, filled)) : shift) {}
   int64_t slot(int64_t age) const { return (oldest + age) % m; }
 };
 
 int64_t seen_of(const Tensor& state) { return *static_cast<const int64_t*>(state.const_data_ptr()); }
 
-int64_t check_core(const char* op, const Tensor& factor, const Tensor& state, double damping) {
+int64_t check_core(const char* op, const Tensor& factor, const Tensor& state, double shift) {
   check(factor.dim() == 2 && factor.size(0) > 0, op, ": factor: expected shape (m, m) with m >= 1, got ", shape(factor));
   const int64_t m = factor.size(0);
   check_state(op, "factor", factor, ScalarType::Double, {m, m});
   check_state(op, "state", state, ScalarType::Long, {2});
-  check_damping(op, damping);
+  check(shift > 0 && std::isfinite(shift), op, ": shift: expected a positive finite number, got ", shift);
   return m;
 }
 
@@ -47,9 +48,9 @@ void refactor(const double* gram, double* factor, const Ring& ring) {
   }
 }
 
-Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& state, const Tensor& dots, double damping, bool seen) {
+Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& state, const Tensor& dots, double shift, bool per_gradient) {
   constexpr const char* op = "core_insert_";
-  const int64_t m = check_core(op, factor, state, damping);
+  const int64_t m = check_core(op, factor, state, shift);
   check_state(op, "gram", gram, ScalarType::Double, {m, m});
   check_state(op, "dots", dots, ScalarType::Double, {m});
   Tensor coefficients = torch::stable::new_zeros(dots, {m});
@@ -63,9 +64,9 @@ Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& stat
   auto* L = static_cast<double*>(factor.mutable_data_ptr());
   const bool full = counters[0] >= m;
   const int64_t slot = counters[0] % m;
-  for (int64_t i = 0; i < m; ++i) S[slot * m + i] = S[i * m + slot] = s[i];
-  const Ring ring(m, ++counters[0], damping, seen);
-  if (seen && !full && ring.filled > 1) {
+  std::copy_n(s, m, S + slot * m);
+  const Ring ring(m, ++counters[0], shift, per_gradient);
+  if (per_gradient && !full && ring.filled > 1) {
     refactor(S, L, ring);  // the shift grows with every gradient until the window is full
   } else {
     std::vector<double> work(2 * m);
@@ -75,12 +76,12 @@ Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& stat
   return coefficients;
 }
 
-Tensor core_solve(const Tensor& factor, const Tensor& state, const Tensor& b, double damping, bool seen) {
+Tensor core_solve(const Tensor& factor, const Tensor& state, const Tensor& b, double shift, bool per_gradient) {
   constexpr const char* op = "core_solve";
-  const int64_t m = check_core(op, factor, state, damping);
+  const int64_t m = check_core(op, factor, state, shift);
   check(b.dim() == 2, op, ": b: expected 2 dimensions, got shape ", shape(b));
   check_state(op, "b", b, ScalarType::Double, {b.size(0), m});
-  const Ring ring(m, seen_of(state), damping, seen);
+  const Ring ring(m, seen_of(state), shift, per_gradient);
   Tensor x = torch::stable::clone(b);
   for (int64_t i = 0; i < b.size(0); ++i)
     core_kernels().solve(static_cast<const double*>(factor.const_data_ptr()), m, ring.oldest, ring.filled, ring.shift,
@@ -88,12 +89,12 @@ Tensor core_solve(const Tensor& factor, const Tensor& state, const Tensor& b, do
   return x;
 }
 
-void core_refactor_(const Tensor& gram, const Tensor& factor, const Tensor& state, double damping, bool seen) {
+void core_refactor_(const Tensor& gram, const Tensor& factor, const Tensor& state, double shift, bool per_gradient) {
   constexpr const char* op = "core_refactor_";
-  const int64_t m = check_core(op, factor, state, damping);
+  const int64_t m = check_core(op, factor, state, shift);
   check_state(op, "gram", gram, ScalarType::Double, {m, m});
   refactor(static_cast<const double*>(gram.const_data_ptr()), static_cast<double*>(factor.mutable_data_ptr()),
-           Ring(m, seen_of(state), damping, seen));
+           Ring(m, seen_of(state), shift, per_gradient));
 }
 
 }  // namespace

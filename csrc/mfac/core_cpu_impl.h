@@ -8,9 +8,10 @@
 //   K^-1 e_newest                                   L^-T e_newest / L_nn        one back substitution
 //
 // Floor: the factor's triangle read and written once, m^2/2 doubles each way, and read once more for the back substitution: it lives
-// in L2 or L3. Fast because the update and the forward substitution share one sweep, four columns at a time.
-// K - shift I is positive semidefinite, so no Schur complement is below shift: pivots are held to that bound and can never fail,
-// however nearly dependent the gradients are.
+// in L2 or L3. Fast because the update and the forward substitution share one sweep, four columns at a time, the new row stored on the
+// way. On one thread: dealt to two cores the sweep was slower by half, every line it writes moving between their caches.
+// K - shift I is positive semidefinite, so no Schur complement is below shift: pivots are held to that bound, and to the rounding of
+// the sum they come from, and can never fail however nearly dependent the gradients are.
 
 constexpr int kColumns = 4;
 
@@ -36,9 +37,10 @@ MFAC_INLINE void rotate(V& l, V& v, V& b, Scalar cosine, Scalar sine, Scalar y) 
   b -= y * l;
 }
 
-// Columns at positions [j, j + n) of the `count` positions from `oldest`: update by v v^T (if kUpdate), and b <- L^-1 b.
+// Columns at positions [j, j + n) of the `count` positions from `oldest`: update by v v^T (if kUpdate), and b <- L^-1 b, stored as row
+// `slot` of L (if slot >= 0) while the columns are at hand.
 template <bool kUpdate, int n>
-MFAC_INLINE void sweep_columns(double* factor, int64_t m, int64_t oldest, int64_t j, int64_t count, double* v, double* b) {
+MFAC_INLINE void sweep_columns(double* factor, int64_t m, int64_t oldest, int64_t j, int64_t count, double* v, double* b, int64_t slot) {
   double* column[n];
   double cosine[n], sine[n], y[n];
   for (int c = 0; c < n; ++c) {
@@ -54,12 +56,14 @@ MFAC_INLINE void sweep_columns(double* factor, int64_t m, int64_t oldest, int64_
       pivot = norm;
     }
     b[p] = y[c] = bp / pivot;
+    if (slot >= 0) column[c][slot] = y[c];
   }
   for_each_run(oldest, j + n, count, m, [&](int64_t p, int64_t end) {
     for (; p + kLanes <= end; p += kLanes) {
       f64v vp = kUpdate ? load<f64v>(v + p) : f64v{}, bp = load<f64v>(b + p);
 #pragma GCC unroll 4
       for (int c = 0; c < n; ++c) {
+        prefetch(column[c] + n * m + p);  // the next columns
         f64v l = load<f64v>(column[c] + p);
         rotate<kUpdate>(l, vp, bp, cosine[c], sine[c], y[c]);
         if (kUpdate) store(column[c] + p, l);
@@ -76,10 +80,10 @@ MFAC_INLINE void sweep_columns(double* factor, int64_t m, int64_t oldest, int64_
 }
 
 template <bool kUpdate>
-void sweep(double* factor, int64_t m, int64_t oldest, int64_t count, double* v, double* b) {
+void sweep(double* factor, int64_t m, int64_t oldest, int64_t count, double* v, double* b, int64_t slot) {
   int64_t j = 0;
-  for (; j + kColumns <= count; j += kColumns) sweep_columns<kUpdate, kColumns>(factor, m, oldest, j, count, v, b);
-  for (; j < count; ++j) sweep_columns<kUpdate, 1>(factor, m, oldest, j, count, v, b);
+  for (; j + kColumns <= count; j += kColumns) sweep_columns<kUpdate, kColumns>(factor, m, oldest, j, count, v, b, slot);
+  for (; j < count; ++j) sweep_columns<kUpdate, 1>(factor, m, oldest, j, count, v, b, slot);
 }
 
 // x <- L^-T x: columns at positions [j, j + n), newest columns first.
@@ -93,7 +97,10 @@ MFAC_INLINE void back_columns(const double* factor, int64_t m, int64_t oldest, i
     for (; p + kLanes <= end; p += kLanes) {
       const f64v xp = load<f64v>(x + p);
 #pragma GCC unroll 4
-      for (int c = 0; c < n; ++c) sums[c] += load<f64v>(column[c] + p) * xp;
+      for (int c = 0; c < n; ++c) {
+        prefetch(column[c] - n * m + p);
+        sums[c] += load<f64v>(column[c] + p) * xp;
+      }
     }
     for (; p < end; ++p)
       for (int c = 0; c < n; ++c) sum[c] += column[c][p] * x[p];
@@ -115,29 +122,26 @@ void back_substitute(const double* factor, int64_t m, int64_t oldest, int64_t co
   for (; j > 0; --j) back_columns<1>(factor, m, oldest, j - 1, count, x);
 }
 
-void replace(double* factor, int64_t m, int64_t slot, int64_t older, bool drop_oldest, const double* dots, double shift,
-             double* work) {
+void replace(double* factor, int64_t m, int64_t slot, int64_t older, bool drop_oldest, const double* dots, double shift, double* work) {
   double *v = work, *b = work + m;
   const int64_t oldest = wrap(slot + m - older, m);
   __builtin_memcpy(b, dots, m * sizeof(double));
   if (drop_oldest) {
     __builtin_memcpy(v, factor + slot * m, m * sizeof(double));
-    sweep<true>(factor, m, oldest, older, v, b);
+    sweep<true>(factor, m, oldest, older, v, b, slot);
   } else {
-    sweep<false>(factor, m, oldest, older, v, b);
+    sweep<false>(factor, m, oldest, older, v, b, slot);
   }
   double pivot = dots[slot] + shift;
+  const double rounding = m * 0x1p-52 * pivot, least = shift > rounding ? shift : rounding;
   for_each_run(oldest, 0, older, m, [&](int64_t q, int64_t end) {
-    for (; q < end; ++q) {
-      factor[q * m + slot] = b[q];
-      pivot -= b[q] * b[q];
-    }
+    for (; q < end; ++q) pivot -= b[q] * b[q];
   });
-  factor[slot * m + slot] = __builtin_sqrt(pivot > shift ? pivot : shift);
+  factor[slot * m + slot] = __builtin_sqrt(pivot > least ? pivot : least);
 }
 
 void solve(const double* factor, int64_t m, int64_t oldest, int64_t count, double shift, double* x) {
-  sweep<false>(const_cast<double*>(factor), m, oldest, count, nullptr, x);  // without an update the factor is only read
+  sweep<false>(const_cast<double*>(factor), m, oldest, count, nullptr, x, -1);  // without an update the factor is only read
   back_substitute(factor, m, oldest, count, x);
   for_each_run(oldest, count, m, m, [&](int64_t p, int64_t end) {
     for (; p < end; ++p) x[p] /= shift;

@@ -31,26 +31,42 @@ struct Rows {
   const WindowKernels& kernels() const { return window_kernels(dtype); }
 };
 
-// Chunks are dealt to a number of segments that depends on the shape alone, never on the thread count: sums over the columns are the
+// How the columns are cut: into blocks (independent curvature blocks; one block is the usual case), each block into chunks, and the chunks
+// of a block into segments whose sums are added in order. The cut depends on the shape alone, never on the thread count: results are the
 // same bit for bit whatever the number of threads.
-struct Segments {
-  int64_t chunks, count, grain;
+struct Columns {
+  int64_t dim, block_size, blocks, chunks, segments;  // chunks and segments of one block
 
-  Segments(int64_t dim, int64_t work_per_column)
-      : chunks((dim + kWindowChunk - 1) / kWindowChunk), count(std::min<int64_t>(chunks, 64)) {
-    constexpr int64_t kWorthAThread = 1 << 15;
-    const int64_t work_per_segment = std::max<int64_t>(1, dim / std::max<int64_t>(1, count) * work_per_column);
-    grain = std::max<int64_t>(1, kWorthAThread / work_per_segment);
-  }
+  Columns(int64_t dim, int64_t block_size)
+      : dim(dim),
+        block_size(block_size),
+        blocks((dim + block_size - 1) / block_size),
+        chunks((std::min(block_size, dim) + kWindowChunk - 1) / kWindowChunk),
+        segments(std::clamp<int64_t>(64 / std::max<int64_t>(1, blocks), 1, std::max<int64_t>(1, chunks))) {}
 
-  // body(segment, column, columns) for each chunk of each segment
+  // body(block, segment of all segments, column, columns) for every chunk; segments run in parallel
   template <class Body>
-  void for_each_chunk(int64_t dim, const Body& body) const {
-    parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t s = begin; s < end; ++s)
-        for (int64_t c = s * chunks / count; c < (s + 1) * chunks / count; ++c)
-          body(s, c * kWindowChunk, std::min(kWindowChunk, dim - c * kWindowChunk));
+  void for_each_chunk(int64_t work_per_column, const Body& body) const {
+    constexpr int64_t kWorthAThread = 1 << 15;
+    const int64_t all = blocks * segments;
+    const int64_t work = std::max<int64_t>(1, dim / std::max<int64_t>(1, all) * work_per_column);
+    parallel_for(0, all, std::max<int64_t>(1, kWorthAThread / work), [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) {
+        const int64_t block = s / segments, segment = s % segments, last = std::min((block + 1) * block_size, dim);
+        for (int64_t c = segment * chunks / segments; c < (segment + 1) * chunks / segments; ++c) {
+          const int64_t column = block * block_size + c * kWindowChunk;
+          if (column < last) body(block, s, column, std::min(kWindowChunk, last - column));
+        }
+      }
     });
+  }
+  // out[block, :n] = sum over the block's segments of partial[segment, :n]
+  void sum_segments(const std::vector<double>& partial, int64_t n, double* out) const {
+    for (int64_t s = 0; s < blocks * segments; ++s) {
+      double* sum = out + s / segments * n;
+      if (s % segments == 0) std::fill_n(sum, n, 0.0);
+      for (int64_t i = 0; i < n; ++i) sum[i] += partial[s * n + i];
+    }
   }
 };
 
@@ -58,12 +74,6 @@ double* scratch(size_t doubles) {
   thread_local std::vector<double> buffer;
   if (buffer.size() < doubles) buffer.resize(doubles);
   return buffer.data();
-}
-
-void sum_segments(const std::vector<double>& partial, int64_t segments, int64_t n, double* out) {
-  std::fill_n(out, n, 0.0);
-  for (int64_t s = 0; s < segments; ++s)
-    for (int64_t i = 0; i < n; ++i) out[i] += partial[s * n + i];
 }
 
 // Widens n columns of one row and pads the chunk with zeros.
@@ -75,51 +85,59 @@ void widen_chunk(const WindowKernels& kernels, const void* src, int64_t n, doubl
 // Vectors per pass: their chunks fill at most half of a common L2 cache.
 constexpr int64_t kMaxVectors = 64;
 
-Tensor window_dots(const Tensor& window, const Tensor& x) {
+void check_block_size(const char* op, int64_t block_size) {
+  check(block_size > 0, op, ": block_size: expected at least 1, got ", block_size);
+}
+
+Tensor window_dots(const Tensor& window, const Tensor& x, int64_t block_size) {
   constexpr const char* op = "window_dots";
   check_rows(op, "window", window);
   check_rows(op, "x", x);
   check(x.size(1) == window.size(1), op, ": x: expected ", window.size(1), " columns, as window has, got ", x.size(1));
+  check_block_size(op, block_size);
   const Rows g(op, "window", window), v(op, "x", x);
-  Tensor dots = torch::stable::new_zeros(window, {v.rows, g.rows}, ScalarType::Double);
+  const Columns columns(g.dim, block_size);
+  Tensor dots = torch::stable::new_zeros(window, {columns.blocks, v.rows, g.rows}, ScalarType::Double);
   double* out = static_cast<double*>(dots.mutable_data_ptr());
+  const int64_t most = std::min(kMaxVectors, v.rows);
+  std::vector<double> partial(columns.blocks * columns.segments * most * g.rows), sums(columns.blocks * most * g.rows);
   for (int64_t first = 0; first < v.rows; first += kMaxVectors) {
-    const int64_t k = std::min(kMaxVectors, v.rows - first);
-    const Segments segments(g.dim, g.rows * k);
-    std::vector<double> partial(segments.count * k * g.rows, 0.0);
-    segments.for_each_chunk(g.dim, [&](int64_t s, int64_t column, int64_t n) {
+    const int64_t k = std::min(kMaxVectors, v.rows - first), n = k * g.rows;
+    std::fill(partial.begin(), partial.end(), 0.0);
+    columns.for_each_chunk(n, [&](int64_t, int64_t segment, int64_t column, int64_t width) {
       double* chunk = scratch(k * kWindowChunk);
-      for (int64_t i = 0; i < k; ++i) widen_chunk(v.kernels(), v.at(first + i, column), n, chunk + i * kWindowChunk);
-      g.kernels().dots(g.at(0, column), g.stride, g.rows, n, chunk, k, partial.data() + s * k * g.rows);
+      for (int64_t i = 0; i < k; ++i) widen_chunk(v.kernels(), v.at(first + i, column), width, chunk + i * kWindowChunk);
+      g.kernels().dots(g.at(0, column), g.stride, g.rows, width, chunk, k, partial.data() + segment * n);
     });
-    sum_segments(partial, segments.count, k * g.rows, out + first * g.rows);
+    columns.sum_segments(partial, n, sums.data());
+    for (int64_t block = 0; block < columns.blocks; ++block)
+      std::copy_n(sums.data() + block * n, n, out + (block * v.rows + first) * g.rows);
   }
   return dots;
 }
 
 // The sum of squares of g after rounding to the window's type: finite exactly if every dot product with it will be.
 double rounded_square_sum(const Rows& g, const Rows& window) {
-  const Segments segments(g.dim, 1);
-  std::vector<double> partial(segments.count, 0.0);
-  segments.for_each_chunk(g.dim, [&](int64_t s, int64_t column, int64_t n) {
-    alignas(64) double chunk[kWindowChunk];
-    alignas(64) char rounded[kWindowChunk * sizeof(double)];
+  const Columns columns(g.dim, g.dim);
+  std::vector<double> partial(columns.segments, 0.0);
+  columns.for_each_chunk(1, [&](int64_t, int64_t segment, int64_t column, int64_t n) {
+    double *chunk = scratch(2 * kWindowChunk), *rounded = chunk + kWindowChunk;
     g.kernels().widen(g.at(0, column), n, chunk);
     window.kernels().narrow(chunk, n, rounded);
     window.kernels().widen(rounded, n, chunk);
     double sum = 0;
     for (int64_t j = 0; j < n; ++j) sum += chunk[j] * chunk[j];
-    partial[s] += sum;
+    partial[segment] += sum;
   });
   double sum;
-  sum_segments(partial, segments.count, 1, &sum);
+  columns.sum_segments(partial, 1, &sum);
   return sum;
 }
 
 Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& gradient) {
   constexpr const char* op = "window_insert_";
   check_rows(op, "window", window);
-  check(window.size(0) > 0, op, ": window: expected at least one row, got shape ", shape(window));
+  check(window.numel() > 0, op, ": window: expected at least one row and one column, got shape ", shape(window));
   check_state(op, "state", state, ScalarType::Long, {2});
   check_shape(op, "g", gradient, {window.size(1)});
   Tensor row = torch::stable::reshape(gradient, {1, gradient.size(0)});
@@ -135,42 +153,45 @@ Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& g
   }
   const int64_t seen = *static_cast<const int64_t*>(state.const_data_ptr());
   const int64_t slot = seen % w.rows, filled = std::min(seen + 1, w.rows);
-  const Segments segments(w.dim, filled);
-  std::vector<double> partial(segments.count * w.rows, 0.0);
+  const Columns columns(w.dim, w.dim);
+  std::vector<double> partial(columns.segments * w.rows, 0.0);
   // One pass: each chunk of the new row is rounded, stored, and met by every row, itself included.
-  segments.for_each_chunk(w.dim, [&](int64_t s, int64_t column, int64_t n) {
+  columns.for_each_chunk(filled, [&](int64_t, int64_t segment, int64_t column, int64_t n) {
     double* chunk = scratch(kWindowChunk);
     g.kernels().widen(g.at(0, column), n, chunk);
     w.kernels().narrow(chunk, n, w.at(slot, column));
     widen_chunk(w.kernels(), w.at(slot, column), n, chunk);
-    w.kernels().dots(w.at(0, column), w.stride, filled, n, chunk, 1, partial.data() + s * w.rows);
+    w.kernels().dots(w.at(0, column), w.stride, filled, n, chunk, 1, partial.data() + segment * w.rows);
   });
-  sum_segments(partial, segments.count, w.rows, out);
+  columns.sum_segments(partial, w.rows, out);
   return dots;
 }
 
-Tensor window_combine(const Tensor& window, const Tensor& coefficients, double beta, const std::optional<Tensor>& x, double alpha,
-                      ScalarType dtype) {
+Tensor window_combine(const Tensor& window, const Tensor& coefficients, int64_t block_size, double beta, const std::optional<Tensor>& x,
+                      double alpha, ScalarType dtype) {
   constexpr const char* op = "window_combine";
   check_rows(op, "window", window);
-  check(coefficients.dim() == 2, op, ": coefficients: expected 2 dimensions, got shape ", shape(coefficients));
-  check_state(op, "coefficients", coefficients, ScalarType::Double, {coefficients.size(0), window.size(0)});
-  const Rows g(op, "window", window), c(op, "coefficients", coefficients);
+  check_block_size(op, block_size);
+  const Rows g(op, "window", window);
+  const Columns columns(g.dim, block_size);
+  check(coefficients.dim() == 3, op, ": coefficients: expected 3 dimensions, got shape ", shape(coefficients));
+  const int64_t vectors = coefficients.size(1);
+  check_state(op, "coefficients", coefficients, ScalarType::Double, {columns.blocks, vectors, g.rows});
   if (x) {
     check_rows(op, "x", *x);
-    check_shape(op, "x", *x, {c.rows, g.dim});
+    check_shape(op, "x", *x, {vectors, g.dim});
   }
   const std::optional<Rows> v = x ? std::optional<Rows>(Rows(op, "x", *x)) : std::nullopt;
-  Tensor result = torch::stable::new_empty(window, {c.rows, g.dim}, dtype);
+  Tensor result = torch::stable::new_empty(window, {vectors, g.dim}, dtype);
   const Rows out(op, "dtype", result);
   const auto* weights = static_cast<const double*>(coefficients.const_data_ptr());
-  for (int64_t first = 0; first < c.rows; first += kMaxVectors) {
-    const int64_t k = std::min(kMaxVectors, c.rows - first);
-    Segments(g.dim, g.rows * k).for_each_chunk(g.dim, [&](int64_t, int64_t column, int64_t n) {
+  for (int64_t first = 0; first < vectors; first += kMaxVectors) {
+    const int64_t k = std::min(kMaxVectors, vectors - first);
+    columns.for_each_chunk(g.rows * k, [&](int64_t block, int64_t, int64_t column, int64_t n) {
       double* y = scratch((k + 1) * kWindowChunk);
       double* input = y + k * kWindowChunk;
       std::fill_n(y, k * kWindowChunk, 0.0);
-      g.kernels().combine(g.at(0, column), g.stride, g.rows, n, weights + first * g.rows, k, y);
+      g.kernels().combine(g.at(0, column), g.stride, g.rows, n, weights + (block * vectors + first) * g.rows, k, y);
       for (int64_t i = 0; i < k; ++i) {
         double* yi = y + i * kWindowChunk;
         if (v) {

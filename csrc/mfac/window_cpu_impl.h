@@ -8,11 +8,6 @@
 // chunk of X or Y stays in L1; elements are widened to float64 in registers. At DRAM speed the float64 arithmetic costs nothing, and
 // it is what lets F^-1 x = (x - G^T K^-1 G x) / damping keep its digits through the subtraction.
 
-template <class T>
-MFAC_INLINE void prefetch(const T* p) {
-  __builtin_prefetch(p, 0, 3);
-}
-
 // kRows x kVectors dot products over n columns. `ahead` rows further down are prefetched.
 template <class T, int kRows, int kVectors>
 MFAC_INLINE void dots_tile(const T* g, int64_t stride, int64_t n, const double* x, double* dots, int64_t rows, int64_t ahead) {
@@ -46,8 +41,7 @@ MFAC_INLINE void dots_tile(const T* g, int64_t stride, int64_t n, const double* 
 }
 
 template <class T, int kRows>
-MFAC_INLINE void dots_rows(const T* g, int64_t stride, int64_t n, const double* x, int64_t k, double* dots, int64_t rows,
-                           int64_t ahead) {
+MFAC_INLINE void dots_rows(const T* g, int64_t stride, int64_t n, const double* x, int64_t k, double* dots, int64_t rows, int64_t ahead) {
   int64_t v = 0;
   for (; v + 4 <= k; v += 4) dots_tile<T, kRows, 4>(g, stride, n, x + v * kWindowChunk, dots + v * rows, rows, ahead);
   for (; v < k; ++v) dots_tile<T, kRows, 1>(g, stride, n, x + v * kWindowChunk, dots + v * rows, rows, ahead);
@@ -96,8 +90,7 @@ MFAC_INLINE void combine_tile(const T* g, int64_t stride, int64_t n, const doubl
 }
 
 template <class T, int kRows>
-MFAC_INLINE void combine_rows(const T* g, int64_t stride, int64_t n, const double* c, int64_t rows, int64_t k, double* y,
-                              int64_t ahead) {
+MFAC_INLINE void combine_rows(const T* g, int64_t stride, int64_t n, const double* c, int64_t rows, int64_t k, double* y, int64_t ahead) {
   int64_t v = 0;
   for (; v + 4 <= k; v += 4) combine_tile<T, kRows, 4>(g, stride, n, c + v * rows, rows, y + v * kWindowChunk, ahead);
   for (; v < k; ++v) combine_tile<T, kRows, 1>(g, stride, n, c + v * rows, rows, y + v * kWindowChunk, ahead);

@@ -1,0 +1,102 @@
+# `make help` lists the targets and the variables.
+#
+# The package is installed editable: Python changes need nothing, and a change of csrc/, setup.py or pyproject.toml makes the next target
+# recompile what it touches and install again. Stamps live in the environment they describe, so that a new environment starts without them.
+
+PYTHON ?= python3
+TORCH ?= 2.13.0
+BUDGET ?= 300
+VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+
+bin := $(VENV)/bin
+stamp := $(VENV)/.mfac_kernels
+pip := $(bin)/python -m pip --quiet --disable-pip-version-check
+sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: help install demo test bench lint sanitize wheel clean
+
+help:
+	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
+	@echo 'make test      build, then run the tests'
+	@echo 'make bench     build, then run the benchmarks'
+	@echo 'make lint      ruff, mypy, clang-format'
+	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make wheel     a wheel in dist/'
+	@echo 'make install   the build alone'
+	@echo 'make clean     remove what was built (not the environment)'
+	@echo
+	@echo 'PYTHON=python3      the interpreter that makes the environment'
+	@echo 'VENV=.venv          the environment; one that is active is used in its place'
+	@echo 'TORCH=2.13.0        the version of torch to install; without TORCH= a torch that is there stays'
+	@echo 'BUDGET=300          seconds that the demo trains for'
+
+# ---- environment ----------------------------------------------------------------------------------------------------------------
+
+$(bin)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A torch asked for by name replaces what is there; the pinned one only fills a gap.
+ifeq ($(origin TORCH),file)
+torch_stamp := $(stamp)-torch
+torch_missing := ! $(bin)/python -c 'import torch' 2>/dev/null
+else
+torch_stamp := $(stamp)-torch-$(TORCH)
+torch_missing := true
+endif
+
+$(torch_stamp): | $(bin)/python
+	if $(torch_missing); then $(pip) install 'torch==$(TORCH)'; fi
+	$(pip) install 'pip>=22' 'setuptools>=77' ninja 'pybind11>=3.0' numpy
+	rm -f $(stamp)-torch*
+	touch $@
+
+$(stamp): $(torch_stamp) $(sources)
+	$(pip) install --no-build-isolation --editable .
+	touch $@
+
+# The package is there already, so its name brings in what the extra asks for and nothing else.
+$(stamp)-%: pyproject.toml | $(stamp)
+	$(pip) install 'mfac_kernels[$*]'
+	touch $@
+
+install: $(stamp)
+
+# ---- use ------------------------------------------------------------------------------------------------------------------------
+
+demo: $(stamp) $(stamp)-demo
+	$(bin)/mfac-kernels train --data cifar10 --fallback --optimizers sgd,mfac --budget $(BUDGET) --out runs/demo
+
+test: $(stamp) $(stamp)-test
+	$(bin)/pytest
+
+bench: $(stamp) $(stamp)-test
+	$(bin)/pytest benchmarks
+
+# ---- checks ---------------------------------------------------------------------------------------------------------------------
+
+lint: $(stamp) $(stamp)-lint
+	$(bin)/ruff check .
+	$(bin)/ruff format --check .
+	$(bin)/mypy --strict mfac_kernels
+	$(bin)/clang-format --dry-run --Werror $(filter csrc/%,$(sources))
+
+# The interpreter is not an instrumented program: the sanitizer's run time has to be there before it starts (and libstdc++, whose throw it
+# wraps), and what CPython and torch keep until they exit counts as leaked, so leaks are not looked for.
+sanitized := LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize/lib
+
+sanitize: $(stamp) $(stamp)-test
+	rm -rf build/sanitize/lib
+	MFAC_KERNELS_SANITIZE=1 MFAC_KERNELS_CUDA=0 \
+	  $(bin)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
+	cd build/sanitize/lib && $(sanitized) \
+	  $(bin)/python -c 'import mfac_kernels; assert mfac_kernels.build_info()["sanitized"]'
+	$(sanitized) $(bin)/pytest tests/ops
+
+# build/lib* would carry files into the wheel that the tree no longer has.
+wheel: $(stamp)
+	rm -rf dist build/lib*
+	$(pip) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info mfac_kernels/*.so $(stamp) $(stamp)-*

@@ -1,0 +1,148 @@
+"""Sliding-window M-FAC against plain torch: the window step, its m x m core, products with several vectors, an op call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import mfac_kernels as mk
+from mfac_kernels import ops
+
+DAMPING = 1e-5
+STEPS = [(256, 1_000_000), (512, 269_722), (1024, 269_722)]  # (m, d); 269,722 is ResNet-20
+
+
+class TorchWindow:
+    """The same step in plain torch: float32 passes, the float64 core factored anew, as one would write it."""
+
+    def __init__(self, grads: Tensor) -> None:
+        self.window, self.slot = grads.clone(), 0
+        self.m = len(grads)
+        self.core = mk.ops.gram(grads)
+        self.core.diagonal().add_(self.m * DAMPING)
+
+    def factor(self) -> Tensor:
+        return torch.linalg.cholesky(self.core)
+
+    def update_ihvp(self, g: Tensor) -> Tensor:
+        self.window[self.slot] = g
+        row = torch.mv(self.window, g).double()
+        self.core[self.slot] = row
+        self.core[:, self.slot] = row
+        self.core[self.slot, self.slot] += self.m * DAMPING
+        self.slot = (self.slot + 1) % self.m
+        weights = torch.cholesky_solve(row[:, None], self.factor())[:, 0]
+        return (g - torch.mv(self.window.mT, weights.float())) / DAMPING
+
+    def ihvp(self, x: Tensor) -> Tensor:
+        weights = torch.cholesky_solve(torch.mm(self.window, x.mT).double(), self.factor())
+        return (x - torch.mm(weights.float().mT, self.window)) / DAMPING
+
+
+def full_window(grads: Tensor, dtype: torch.dtype) -> mk.FisherWindow:
+    w = mk.FisherWindow(grads.shape[1], len(grads), DAMPING, dtype=dtype)
+    for g in grads:
+        w.update(g)
+    return w
+
+
+def assert_same(got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = float((got - want).norm() / want.norm())
+    assert error <= tolerance, error
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("m", "d"), STEPS)
+def test_window_step(race, m, d, dtype):
+    grads = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
+    plain, ours = TorchWindow(grads), full_window(grads, dtype)
+    g = torch.randn(d)
+    # The textbook form in float32 cancels: |x| eps / (damping |F^-1 x|) of its result is noise; a bf16 window rounds by 2^-9.
+    want = plain.update_ihvp(g)
+    assert_same(ours.update_ihvp(g), want, 2e-2)
+    held = ours.window if dtype == torch.float32 else ours.window[:, : d // 2 * 2].view(torch.float32)
+    ones = torch.ones(held.shape[1])
+    item = ours.window.element_size()
+    gate = 1.4 if dtype == torch.float32 else 2.3
+    race(
+        "window step (insert and its IHVP)",
+        f"m={m} d={d} {str(dtype)[6:]}",
+        lambda: ours.update_ihvp(g),
+        {"torch float32": lambda: plain.update_ihvp(g)},
+        gates={"torch float32": gate},
+        bytes_moved=2 * m * d * item,
+        read=lambda: (torch.mv(held, ones), torch.mv(held, ones)),
+    )
+
+
+@pytest.mark.parametrize("m", [256, 512, 1024, 2048])
+def test_core(race, m):
+    rows = torch.randn(3 * m, 2 * m, dtype=torch.float64)
+    dots = rows @ rows.mT
+    gram, factor = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
+    state, shift = torch.zeros(2, dtype=torch.int64), m * DAMPING
+    step = 0
+
+    def insert() -> Tensor:
+        nonlocal step
+        slots = torch.arange(step - m + 1, step + 1)
+        by_slot = torch.empty(m, dtype=torch.float64)
+        by_slot[slots % m] = dots[step % (3 * m), slots % (3 * m)]
+        step += 1
+        return ops.core_insert_(gram, factor, state, by_slot, shift, False)
+
+    for _ in range(m + m // 2):
+        newest = insert()
+    slots = torch.arange(step - m, step)
+    held = torch.empty(m, 2 * m, dtype=torch.float64)
+    held[slots % m] = rows[slots % (3 * m)]
+    shifted = held @ held.mT + shift * torch.eye(m)
+    unit = torch.zeros(m, 1, dtype=torch.float64)
+    unit[(step - 1) % m] = 1
+
+    def refactor() -> Tensor:
+        return torch.cholesky_solve(unit, torch.linalg.cholesky(shifted))
+
+    assert_same(newest, refactor()[:, 0], 1e-9)
+    race(
+        "m x m core (replace one gradient, K^-1 e)",
+        f"m={m}",
+        insert,
+        {"float64 refactorisation": refactor},
+        gates={"float64 refactorisation": 60.0} if m == 1024 else {},
+        bytes_moved=12 * m * m,
+    )
+
+
+@pytest.mark.parametrize("k", [1, 4, 16])
+@pytest.mark.parametrize(("m", "d"), STEPS)
+def test_ihvp(race, m, d, k):
+    grads = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
+    plain, ours = TorchWindow(grads), full_window(grads, torch.float32)
+    x = torch.randn(k, d)
+    assert_same(ours.ihvp(x), plain.ihvp(x), 2e-2)
+    lower = plain.factor()
+    plain.factor = lambda: lower  # type: ignore[method-assign]  # products alone
+    ones = torch.ones(d)
+    race(
+        "IHVP of vectors",
+        f"m={m} d={d} k={k}",
+        lambda: ours.ihvp(x),
+        {"torch.mm": lambda: plain.ihvp(x)},
+        gates={"torch.mm": 2.5} if k == 4 else {},
+        bytes_moved=8 * m * d,
+        read=lambda: (torch.mv(grads, ones), torch.mv(grads, ones)),
+    )
+
+
+def test_one_call(race):
+    g, x = torch.randn(2, 8), torch.randn(1, 8)
+    assert_same(ops.window_dots(g, x)[0], (x @ g.mT).double(), 1e-6)
+    race(
+        "one op call",
+        "2 x 8",
+        lambda: ops.window_dots(g, x),
+        {"torch.mm": lambda: torch.mm(x, g.mT)},
+        calls=1000,
+    )

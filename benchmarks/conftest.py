@@ -1,0 +1,136 @@
+"""The `race` fixture: contenders timed in turns in one process, ours through pytest-benchmark; and the table of a run.
+
+Only ratios mean anything on a machine whose speed drifts, and only between figures taken in turns. A benchmark first verifies the
+results that it is about to time. `pytest benchmarks --record DIR` writes results.json and results.md.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mfac_kernels as mk
+
+_ROWS = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", metavar="DIR", help="write results.json and results.md there")
+    parser.addoption("--rounds", type=int, default=11, help="samples per contender (default 11)")
+
+
+@pytest.fixture
+def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """race(kernel, case, ours, others, gates={name: ratio}, read=(callable, bytes), bytes_moved, flops)."""
+
+    def run(
+        kernel: str,
+        case: str,
+        ours: Callable[[], object],
+        others: dict[str, Callable[[], object]],
+        *,
+        gates: dict[str, float] | None = None,
+        bytes_moved: float = 0,
+        flops: float = 0,
+        read: Callable[[], object] | None = None,
+        calls: int = 1,
+    ) -> None:
+        """`others` are the baselines; `read` reads the `bytes_moved` once or more and tells what the memory gives."""
+        contenders = dict(others) | ({"read": read} if read else {})
+        samples: dict[str, list[float]] = {name: [] for name in contenders}
+
+        def time_the_others() -> None:
+            for name, contender in contenders.items():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    contender()
+                samples[name].append((time.perf_counter() - start) / calls)
+
+        def time_ours() -> None:
+            for _ in range(calls):
+                ours()
+
+        ours()
+        time_the_others()
+        rounds = request.config.getoption("--rounds")
+        benchmark.pedantic(time_ours, setup=time_the_others, rounds=rounds)
+        seconds = benchmark.stats.stats.median / calls
+        medians = {name: statistics.median(times[1:]) for name, times in samples.items()}
+        row: dict[str, Any] = {
+            "kernel": kernel,
+            "case": case,
+            "ms": seconds * 1e3,
+            "ratios": {name: medians[name] / seconds for name in others},
+            "gates": gates or {},
+        }
+        if bytes_moved:
+            row["GB/s"] = bytes_moved / seconds / 1e9
+        if flops:
+            row["GFLOP/s"] = flops / seconds / 1e9
+        if read:
+            row["share of read bandwidth"] = medians["read"] / seconds
+        benchmark.extra_info.update(row)
+        request.config.stash.setdefault(_ROWS, []).append(row)
+
+    return run
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| kernel | case | ms | GB/s or GFLOP/s | share of read bandwidth | ratio to | gate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rate = f"{row['GB/s']:.1f} GB/s" if "GB/s" in row else ""
+        rate = f"{row['GFLOP/s']:.0f} GFLOP/s" if "GFLOP/s" in row else rate
+        share = row.get("share of read bandwidth")
+        ratios = "; ".join(f"{name}: {ratio:.2f}x" for name, ratio in row["ratios"].items())
+        gates = "; ".join(f"{gate:g}x" for gate in row["gates"].values())
+        lines.append(
+            f"| {row['kernel']} | {row['case']} | {row['ms']:.3f} | {rate} | {f'{share:.0%}' if share else ''} | {ratios} | {gates} |"
+        )
+    return lines
+
+
+def _machine() -> dict[str, Any]:
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "date": date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+        "cpu": cpu,
+        **mk.build_info(),
+    }
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash.get(_ROWS, [])
+    if not rows:
+        return
+    lines = _table(rows)
+    terminalreporter.write_line("\n".join(["", *lines]))
+    if folder := config.getoption("--record"):
+        out = Path(folder)
+        out.mkdir(parents=True, exist_ok=True)
+        machine = _machine()
+        (out / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+        head = [f"- {key}: {value}" for key, value in machine.items()]
+        (out / "results.md").write_text("\n".join([*head, "", *lines, ""]))

@@ -1,0 +1,37 @@
+// The kernels of a fixed set of gradients G (m, d), without torch. static.cpp splits the work over threads. See gram_, block_inverse_ and
+// inverse_diagonal_cpu_impl.h.
+#pragma once
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace mfac_kernels {
+
+// The Gram matrix is computed in blocks of kGramRows x kGramRows entries, whose staged rows and sums fit L2.
+constexpr int64_t kGramRows = 256;
+
+struct StaticKernels {
+  // out[i, j] = a_i . b_j over `columns` columns; a (a_rows, columns), b (b_rows, columns), at most kGramRows rows each. a == b: only
+  // j <= i is written. work: kGramWork bytes, aligned to 64.
+  void (*gram_block)(const void* a, int64_t a_rows, const void* b, int64_t b_rows, int64_t stride, int64_t columns, double* out,
+                     int64_t out_stride, void* work);
+
+  // out (n, n) = (damping I + G^T G / count)^-1 for a block G (m, n) of columns. Returns 0, or the order of the leading minor that is
+  // not positive, or -1 when the matrix is not finite; out is then NaN. The `ahead` columns after the block are prefetched. work:
+  // block_inverse_work(n) bytes, aligned to 64.
+  int64_t (*block_inverse_work)(int64_t n);
+  int32_t (*block_inverse)(const void* block, int64_t stride, int64_t m, int64_t n, int64_t ahead, double damping, double count, void* out,
+                           int64_t out_stride, void* work);
+
+  // out[j] = (1 - sum_i (T G)_ij^2) / damping for a block G (m, n) of columns, T (m, m) lower triangular, given as packed by
+  // pack_transform. work: inverse_diagonal_work(m) bytes, aligned to 64.
+  int64_t (*packed_transform_bytes)(int64_t m);
+  void (*pack_transform)(const double* transform, int64_t m, void* packed);
+  int64_t (*inverse_diagonal_work)(int64_t m);
+  void (*inverse_diagonal)(const void* columns, int64_t stride, int64_t m, int64_t n, const void* packed, double damping, void* out,
+                           void* work);
+};
+constexpr int64_t kGramWork = 2 * kGramRows * 3072 + kGramRows * kGramRows * 8;
+const StaticKernels& static_kernels(DType);
+
+}  // namespace mfac_kernels

@@ -1,0 +1,16 @@
+// Read once per instruction set (common/for_each_isa.h). Each paragraph uses what the ones above it define.
+#include "common/syrk_impl.h"
+
+#include "cholesky/spd_inverse_cpu_impl.h"
+
+#include "mfac/block_inverse_cpu_impl.h"
+#include "mfac/gram_cpu_impl.h"
+#include "mfac/inverse_diagonal_cpu_impl.h"
+
+template <class T>
+constexpr StaticKernels static_kernels_of() {
+  return {gram_block<T>,     block_inverse_work<T>,    block_inverse<T>,   packed_transform_bytes<T>,
+          pack_transform<T>, inverse_diagonal_work<T>, inverse_diagonal<T>};
+}
+constexpr StaticKernels kStaticKernels[kDTypes] = {static_kernels_of<float>(), static_kernels_of<double>(), static_kernels_of<bf16>(),
+                                                   static_kernels_of<fp16>()};

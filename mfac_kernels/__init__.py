@@ -1,0 +1,23 @@
+"""Compiled kernels for second-order information of neural networks, and the curvature objects and preconditioners over them.
+
+FisherWindow, StaticFisher: inverse-Hessian-vector products from gradients (M-FAC). MFAC: a preconditioner beside any torch
+optimizer. ops: the kernels themselves. build_info, cpu_capability: what was built and what runs.
+"""
+
+from mfac_kernels import ops
+from mfac_kernels._library import build_info, cpu_capability
+from mfac_kernels.fisher.static import StaticFisher
+from mfac_kernels.fisher.window import FisherWindow
+from mfac_kernels.preconditioners.mfac import MFAC
+
+__version__ = str(build_info()["version"])
+
+__all__ = [
+    "MFAC",
+    "FisherWindow",
+    "StaticFisher",
+    "__version__",
+    "build_info",
+    "cpu_capability",
+    "ops",
+]

@@ -1,0 +1,1 @@
+"""Curvature objects: state and products with the inverse. They know nothing of models."""

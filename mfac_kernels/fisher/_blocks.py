@@ -1,0 +1,161 @@
+"""The two forms that the inverse of a block-diagonal Fisher takes: b x b blocks (primal), or m x m ones (dual).
+
+Both answer the same questions, for blocks of b columns of G (the last one ragged), n = ngrads:
+
+    primal, b <= m    X_b = (damping I + G_b^T G_b / n)^-1
+    dual,   b > m     F_b^-1 = (I - G_b^T K_b^-1 G_b) / damping,   K_b = n damping I + G_b G_b^T = L_b L_b^T
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mfac_kernels.fisher._cholesky import append_row, cholesky, inverse_lower
+from mfac_kernels.fisher._rows import Rows
+from mfac_kernels.ops.static import block_gram, block_inverse, inverse_diagonal
+
+
+class PrimalBlocks:
+    """X (blocks, b, b): b^2 elements a block, in float32, or float64 for float64 gradients."""
+
+    def __init__(self, rows: Rows, damping: float, ngrads: int) -> None:
+        self._rows, self._damping, self._ngrads = rows, damping, ngrads
+        parts = [self._invert(page, a) for a, _, page in rows.pages()]
+        self._inverse = parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def ihvp(self, x: Tensor) -> Tensor:
+        """x (k, dim) -> (k, dim)."""
+        padded = self._by_block(x.to(self._inverse.dtype))
+        y = torch.bmm(padded, self._inverse)
+        return y.transpose(0, 1).reshape(len(x), -1)[:, : self._rows.dim].to(x.dtype)
+
+    def diagonal(self) -> Tensor:
+        return self._inverse.diagonal(dim1=1, dim2=2).reshape(-1)[: self._rows.dim].clone()
+
+    def elements(self, i: Tensor, j: Tensor) -> Tensor:
+        """Entries (i, j) of blocks that i and j share; meaningless where they do not."""
+        b = self._rows.block_size
+        return self._inverse[i // b, i % b, j % b].to(torch.float64)
+
+    def append(self, g: Tensor) -> None:
+        """Sherman-Morrison, the paper's recursion step in its b x b form: O(d b)."""
+        row = self._by_block(g.to(self._inverse.dtype)[None])
+        v = torch.bmm(row, self._inverse)
+        q = self._ngrads + torch.bmm(row, v.mT)
+        self._inverse -= v.mT @ (v / q)
+
+    def _by_block(self, x: Tensor) -> Tensor:
+        """(k, dim) -> (blocks, k, b), zero-padded."""
+        b, blocks = self._rows.block_size, self._rows.block_count
+        padded = torch.nn.functional.pad(x, (0, blocks * b - x.shape[1]))
+        return padded.reshape(len(x), blocks, b).transpose(0, 1)
+
+    def _invert(self, page: Tensor, first_column: int) -> Tensor:
+        b = self._rows.block_size
+        inverse, info = block_inverse(page, b, self._damping, float(self._ngrads))
+        if bool((info < 0).any()):
+            raise ValueError("grads: expected finite values, got NaN or infinity")
+        # Float32 may lose a nearly singular block that float64 keeps.
+        for k in info.nonzero()[:, 0].tolist():
+            columns = page[:, k * b : (k + 1) * b].contiguous().to(torch.float64)
+            again, failed = block_inverse(columns, b, self._damping, float(self._ngrads))
+            if int(failed[0]):
+                raise torch.linalg.LinAlgError(
+                    f"block {first_column // b + k}: not positive definite at damping {self._damping:g}: "
+                    f"its leading minor of order {int(failed[0])} is not positive"
+                )
+            inverse[k] = again[0]
+        return inverse
+
+
+class DualBlocks:
+    """L (blocks, m, m) in float64, and optionally the paper's vectors V."""
+
+    def __init__(self, rows: Rows, damping: float, ngrads: int) -> None:
+        self._rows, self._damping, self._ngrads = rows, damping, ngrads
+        self._lower = cholesky(gram_of(rows), damping * ngrads)
+        self._vectors: Rows | None = None
+
+    def ihvp(self, x: Tensor) -> Tensor:
+        """x (k, dim) -> (k, dim)."""
+        weights = torch.cholesky_solve(self._rows.dots(x).mT, self._lower).mT
+        return self._rows.subtract(x, weights, self._damping)
+
+    def diagonal(self) -> Tensor:
+        transform = inverse_lower(self._lower)
+        b, parts = self._rows.block_size, []
+        for a, stop, page in self._rows.pages():
+            for start in range(0, stop - a, b):
+                block = page[:, start : start + b]
+                parts.append(inverse_diagonal(block, transform[(a + start) // b], self._damping))
+        return torch.cat(parts)
+
+    def elements(self, i: Tensor, j: Tensor) -> Tensor:
+        """Entries (i, j) of blocks that i and j share; meaningless where they do not."""
+        return (i == j) / self._damping - (self._whitened(i) * self._whitened(j)).sum(0)
+
+    def submatrix(self, index: Tensor) -> Tensor:
+        """[F^-1] at index x index, for one block."""
+        w = self._whitened(index)
+        return (index[:, None] == index) / self._damping - w.mT @ w
+
+    def append(self, g: Tensor) -> None:
+        """One more row of L in O(m^2) a block, after one pass for its Gram row; of V by the paper's recursion step."""
+        if self._vectors is not None:
+            self._vectors.append(self.ihvp(g.to(self._vectors.dtype)[None])[0])
+        self._rows.append(g)
+        dots = self._rows.dots(g[None])[:, 0]
+        self._lower = append_row(self._lower, dots, self._damping * self._ngrads)
+
+    def vectors(self) -> tuple[Tensor, Tensor]:
+        """(V (m, dim), q (blocks, m))."""
+        return vectors_of(self._rows, self._lower, self._damping), _q(self._lower, self._damping)
+
+    def keep_vectors(self) -> None:
+        """Form V (m, dim) once; entries then cost O(m)."""
+        v, _ = self.vectors()
+        self._vectors = Rows(v, self._rows.device, self._rows.block_size, None)
+
+    def _whitened(self, index: Tensor) -> Tensor:
+        """W (m, k) with [F^-1]_ij = delta_ij / damping - W_i . W_j for i and j in one block."""
+        blocks = index // self._rows.block_size
+        if self._vectors is not None:
+            return self._vectors.columns(index) / _q(self._lower, self._damping)[blocks].sqrt().mT
+        columns = self._rows.columns(index)
+        for block in blocks.unique().tolist():
+            mine = blocks == block
+            columns[:, mine] = torch.linalg.solve_triangular(
+                self._lower[block], columns[:, mine], upper=False
+            )
+        return columns / self._damping**0.5
+
+
+def gram_of(rows: Rows) -> Tensor:
+    """G_b G_b^T for each block -> (blocks, m, m) float64. ValueError if the gradients are not finite."""
+    grams = []
+    for a, b, page in rows.pages():
+        grams.append(block_gram(page, min(rows.block_size, b - a)))
+    gram = torch.cat(grams) if rows.block_count > 1 else torch.stack(grams).sum(0)
+    if not bool(gram.isfinite().all()):
+        raise ValueError("grads: expected finite values, got NaN or infinity")
+    return gram
+
+
+def vectors_of(rows: Rows, lower: Tensor, damping: float) -> Tensor:
+    """The paper's V (m, dim): v_i = sqrt(q_i / damping) (L^-1 G)_i for each block, in float32 at least."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    scale = (_q(lower, damping) / damping).sqrt()[:, :, None]
+    transform = (scale * inverse_lower(lower)).to(dtype)
+    out = torch.empty(rows.count, rows.dim, dtype=dtype, device=rows.device)
+    for a, stop, page in rows.pages():
+        for start in range(a, stop, rows.block_size):
+            end = min(start + rows.block_size, stop)
+            block = transform[start // rows.block_size]
+            torch.mm(block, page[:, start - a : end - a].to(dtype), out=out[:, start:end])
+    return out
+
+
+def _q(lower: Tensor, damping: float) -> Tensor:
+    """The paper's q_i = n + g_i^T v_i = L_ii^2 / damping -> (blocks, m)."""
+    return lower.diagonal(dim1=1, dim2=2).square() / damping

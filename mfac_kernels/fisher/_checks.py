@@ -1,0 +1,80 @@
+"""Checks that the curvature objects share. Messages name the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def positive_int(name: str, value: object) -> int:
+    """``value`` as an int >= 1, else TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+    return int(value)
+
+
+def positive_float(name: str, value: object) -> float:
+    """``value`` as a positive finite float, else TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a positive finite number, got {value}")
+    return float(value)
+
+
+def floating(name: str, dtype: torch.dtype) -> torch.dtype:
+    """``dtype`` if the kernels store it, else TypeError."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16, got {dtype}")
+    return dtype
+
+
+def vectors(name: str, x: Tensor, dim: int, device: torch.device, *, batch: bool) -> Tensor:
+    """``x`` as (k, dim) contiguous rows on ``device``; (dim,) or, if ``batch``, (k, dim) is accepted. Finite on the CPU."""
+    shapes = f"({dim},) or (k, {dim})" if batch else f"({dim},)"
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor of shape {shapes}, got {type(x).__name__}")
+    floating(name, x.dtype)
+    if x.shape[-1:] != (dim,) or x.dim() > 1 + batch:
+        raise ValueError(f"{name}: expected shape {shapes}, got {tuple(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+    return x.detach().reshape(-1, dim).contiguous()
+
+
+def finite(name: str, x: Tensor) -> None:
+    """ValueError unless ``x`` is finite. Only on the CPU: elsewhere it would synchronise, and NaN shows in the result."""
+    if x.device.type == "cpu" and not bool(x.isfinite().all()):
+        raise ValueError(f"{name}: expected finite values, got NaN or infinity")
+
+
+def index(name: str, value: object, dim: int) -> int:
+    """``value`` as an index into ``dim`` coordinates, negative ones from the end, else TypeError or IndexError."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if not -dim <= value < dim:
+        raise IndexError(f"{name}: expected an index in [{-dim}, {dim}), got {value}")
+    return int(value) % dim
+
+
+def indices(name: str, value: Tensor, dim: int, device: torch.device) -> Tensor:
+    """``value`` (k,) as int64 indices in [0, dim) on ``device``, else TypeError, ValueError or IndexError.
+
+    Out-of-range indices are found on the CPU only: elsewhere torch's own indexing asserts on the device.
+    """
+    if not isinstance(value, Tensor) or value.dtype not in (torch.int64, torch.int32):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {got}")
+    if value.dim() != 1:
+        raise ValueError(f"{name}: expected shape (k,), got {tuple(value.shape)}")
+    index = value.to(device, torch.int64)
+    if device.type == "cpu" and not bool(((index >= -dim) & (index < dim)).all()):
+        raise IndexError(f"{name}: expected indices in [{-dim}, {dim}), got one outside")
+    return index % dim

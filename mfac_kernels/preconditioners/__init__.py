@@ -1,0 +1,1 @@
+"""Preconditioners beside any torch optimizer. They know nothing of kernels."""

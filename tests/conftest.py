@@ -1,0 +1,92 @@
+"""What the tests share: devices, instruction sets, and makers of gradients.
+
+MFAC_KERNELS_TEST_DEVICES="cpu,cuda" chooses the devices; the default is the CPU, and CUDA where torch finds a GPU and the
+package was built for it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+import mfac_kernels as mk
+
+hypothesis.settings.register_profile(
+    "local",
+    deadline=None,
+    max_examples=25,
+    # instruction_set holds for every example of a test alike
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.register_profile(
+    "ci", hypothesis.settings.get_profile("local"), derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+def _devices() -> list[str]:
+    chosen = os.environ.get("MFAC_KERNELS_TEST_DEVICES")
+    if chosen:
+        return [name.strip() for name in chosen.split(",")]
+    has_cuda = torch.cuda.is_available() and mk.build_info()["cuda_built"] is not None
+    return ["cpu", "cuda"] if has_cuda else ["cpu"]
+
+
+def _instruction_sets() -> list[str]:
+    """Those that this CPU has: asking for one that it lacks gives the best it has."""
+    before = mk.cpu_capability()
+    names = [name for name in ("default", "avx2", "avx512") if mk.cpu_capability(name) == name]
+    mk.cpu_capability(before)
+    return names
+
+
+@pytest.fixture(params=_devices())
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=_instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = mk.cpu_capability()
+    yield mk.cpu_capability(request.param)
+    mk.cpu_capability(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+GradientMaker = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="session")
+def gradients() -> GradientMaker:
+    """gradients(m, d, ...) -> (m, d) on the CPU: rows of the given norm (about), independent or each correlated with the last."""
+
+    def make(
+        m: int,
+        d: int,
+        *,
+        rho: float = 0.0,
+        norm: float = 10.0,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        work = torch.float64 if dtype == torch.float64 else torch.float32
+        g = torch.randn(m, d, generator=generator, dtype=work).mul_(norm / d**0.5)
+        if rho:
+            for t in range(1, m):
+                g[t].mul_((1 - rho**2) ** 0.5).add_(g[t - 1], alpha=rho)
+        return g.to(dtype)
+
+    return make
