@@ -51,18 +51,12 @@ def flag(name: str) -> bool | None:
 def toolkit_version() -> tuple[int, int]:
     """The version of the CUDA toolkit that fits torch; LookupError says what is missing."""
     if torch.version.cuda is None:
-        raise LookupError(
-            f"torch {torch.__version__} is a build without CUDA: install one with CUDA"
-        )
+        raise LookupError(f"torch {torch.__version__} is a build without CUDA: install one with CUDA")
     if CUDA_HOME is None:
-        raise LookupError(
-            f"no CUDA toolkit was found: set CUDA_HOME to one of CUDA {torch.version.cuda}"
-        )
+        raise LookupError(f"no CUDA toolkit was found: set CUDA_HOME to one of CUDA {torch.version.cuda}")
     nvcc = Path(CUDA_HOME, "bin", "nvcc")
     if not nvcc.is_file():
-        raise LookupError(
-            f"{nvcc} does not exist: set CUDA_HOME to a toolkit of CUDA {torch.version.cuda}"
-        )
+        raise LookupError(f"{nvcc} does not exist: set CUDA_HOME to a toolkit of CUDA {torch.version.cuda}")
     text = subprocess.run([nvcc, "--version"], check=True, capture_output=True, text=True).stdout
     release = re.search(r"release (\d+)\.(\d+)", text)
     if release is None:
@@ -90,9 +84,7 @@ def choose_cuda() -> tuple[int, int] | None:
         return None
     # torch would take the architectures of the GPUs it sees; a building machine may have none.
     blackwell = toolkit >= (12, 8)
-    os.environ.setdefault(
-        "TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX" if blackwell else "8.0;9.0+PTX"
-    )
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX" if blackwell else "8.0;9.0+PTX")
     return toolkit
 
 
@@ -106,9 +98,7 @@ def system_includes(directories: list[str]) -> list[str]:
 
 
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
-    sys.exit(
-        f"mfac_kernels needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, got {torch.__version__}"
-    )
+    sys.exit(f"mfac_kernels needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, got {torch.__version__}")
 
 cuda = choose_cuda()
 sanitize = flag("MFAC_KERNELS_SANITIZE")
@@ -149,9 +139,7 @@ if cuda:
 
 ops = Extension(
     "mfac_kernels._ops",
-    sources("csrc/library.cpp")
-    + sources("csrc/*/*.cpp")
-    + (sources("csrc/*/*.cu") if cuda else []),
+    sources("csrc/library.cpp") + sources("csrc/*/*.cpp") + (sources("csrc/*/*.cu") if cuda else []),
     language="c++",
     include_dirs=[str(ROOT / "csrc")],
     define_macros=[
@@ -204,9 +192,7 @@ class BuildExtensions(BuildExtension):
 
     def build_extensions(self) -> None:
         for extension in self.extensions:
-            extension.define_macros.append(
-                ("MFAC_KERNELS_VERSION", f'"{self.distribution.get_version()}"')
-            )
+            extension.define_macros.append(("MFAC_KERNELS_VERSION", f'"{self.distribution.get_version()}"'))
         super().build_extensions()
 
 

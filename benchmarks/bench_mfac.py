@@ -1,4 +1,8 @@
-"""Sliding-window M-FAC against plain torch: the window step, its m x m core, products with several vectors, an op call."""
+"""M-FAC against plain torch: the window step, its m x m core, products with vectors, the static kernels, an op call.
+
+Each result is verified before it is timed. Floors: a window step reads the window twice; a Gram matrix is half of a
+matrix product's flops.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +62,7 @@ def test_window_step(race, m, d, dtype):
     grads = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
     plain, ours = TorchWindow(grads), full_window(grads, dtype)
     g = torch.randn(d)
-    # The textbook form in float32 cancels: |x| eps / (damping |F^-1 x|) of its result is noise; a bf16 window rounds by 2^-9.
+    # The textbook form in float32 cancels: |x| eps / (damping |F^-1 x|) of its result is noise. A bf16 window rounds.
     want = plain.update_ihvp(g)
     assert_same(ours.update_ihvp(g), want, 2e-2)
     held = ours.window if dtype == torch.float32 else ours.window[:, : d // 2 * 2].view(torch.float32)
@@ -145,4 +149,95 @@ def test_one_call(race):
         lambda: ops.window_dots(g, x),
         {"torch.mm": lambda: torch.mm(x, g.mT)},
         calls=1000,
+    )
+
+
+@pytest.mark.parametrize(("m", "d"), [(32, 400_000), (64, 400_000), (256, 100_000), (512, 100_000), (1024, 50_000)])
+def test_gram(race, m, d):
+    g = torch.randn(m, d)
+    want = g @ g.mT
+    assert_same(ops.gram(g), want.double(), 1e-5)  # torch's own float32 sums: sqrt(d) eps
+    race(
+        "Gram matrix G G^T",
+        f"m={m} d={d}",
+        lambda: ops.gram(g),
+        {"torch.mm": lambda: torch.mm(g, g.mT)},
+        gates={"torch.mm": 2.0 if m <= 64 else 3.2},
+        flops=m * (m + 1) * d,
+    )
+
+
+def recursion(g: Tensor, n: int, damping: float) -> tuple[Tensor, Tensor]:
+    """The paper's v_i and q_i, one gradient after another, for blocks g (blocks, m, b) at once."""
+    v, q = torch.empty_like(g), g.new_empty(g.shape[:2])
+    for i in range(g.shape[1]):
+        row = g[:, i]
+        weights = (v[:, :i] @ row[:, :, None])[:, :, 0] / q[:, :i]
+        v[:, i] = row / damping - (weights[:, None] @ v[:, :i])[:, 0]
+        q[:, i] = n + (row * v[:, i]).sum(1)
+    return v, q
+
+
+@pytest.mark.parametrize(("m", "d"), [(64, 400_000), (256, 100_000), (512, 50_000)])
+def test_static_diagonal(race, m, d):
+    damping = 1e-3
+    g = torch.randn(m, d)
+    core = ops.gram(g)
+    core.diagonal().add_(m * damping)
+
+    def ours() -> Tensor:
+        lower = torch.linalg.cholesky(core)
+        transform = torch.linalg.solve_triangular(lower, torch.eye(m, dtype=torch.float64), upper=False)
+        return ops.inverse_diagonal(g, transform.contiguous(), damping)
+
+    def solve() -> Tensor:
+        lower = torch.linalg.cholesky(core).float()
+        return (1 - torch.linalg.solve_triangular(lower, g, upper=False).square().sum(0)) / damping
+
+    def by_recursion() -> Tensor:
+        v, q = recursion(g[None], m, damping)
+        return 1 / damping - (v[0].square() / q[0, :, None]).sum(0)
+
+    want = solve()
+    assert_same(ours(), want, 1e-3)
+    assert_same(by_recursion(), want, 1e-1)  # float32: the recursion cancels
+    race(
+        "static diagonal",
+        f"m={m} d={d}",
+        ours,
+        {"Cholesky + trsm": solve, "recursion": by_recursion},
+        gates={"Cholesky + trsm": 6.0, "recursion": 19.0},
+        flops=m * (m + 1) * d,
+    )
+
+
+@pytest.mark.parametrize(
+    ("m", "b", "d"), [(64, 32, 131_072), (128, 64, 65_536), (256, 128, 65_536), (512, 256, 32_768)]
+)
+def test_block_fisher(race, m, b, d):
+    damping = 1e-3
+    g = torch.randn(m, d)
+
+    def plain() -> Tensor:
+        blocks = g.view(m, d // b, b).transpose(0, 1)
+        fisher = torch.bmm(blocks.mT, blocks) / m
+        fisher.diagonal(dim1=1, dim2=2).add_(damping)
+        return torch.cholesky_inverse(torch.linalg.cholesky(fisher))
+
+    def by_recursion() -> Tensor:
+        v, q = recursion(g.view(m, d // b, b).transpose(0, 1), m, damping)
+        inverse = -torch.bmm(v.mT, v / q[:, :, None])
+        inverse.diagonal(dim1=1, dim2=2).add_(1 / damping)
+        return inverse
+
+    want = plain()
+    assert_same(ops.block_inverse(g, b, damping, float(m))[0], want, 1e-3)
+    assert_same(by_recursion(), want, 1e-1)
+    race(
+        "block Fisher, b <= m",
+        f"m={m} b={b} d={d}",
+        lambda: ops.block_inverse(g, b, damping, float(m)),
+        {"bmm + Cholesky": plain, "recursion": by_recursion},
+        gates={"bmm + Cholesky": 6.0, "recursion": 90.0},
+        flops=d * (m * (b + 1) + b * b),
     )

@@ -58,10 +58,7 @@ def _load_ops(record: dict[str, object]) -> None:
                 f"or build against the one found, in the source tree: {_REBUILD}"
             )
         elif "undefined symbol" in reason:
-            advice = (
-                "torch 2.10 or newer is needed; if it is there, "
-                f"build against it, in the source tree: {_REBUILD}"
-            )
+            advice = f"torch 2.10 or newer is needed; if it is there, build against it, in the source tree: {_REBUILD}"
         else:
             advice = f"install again; in a source tree: {_REBUILD}"
         raise _failure("_ops", built, reason, advice) from error
@@ -99,7 +96,5 @@ def cpu_capability(name: str | None = None) -> str:
     elif name in _CAPABILITIES:
         level = _CAPABILITIES.index(name)
     else:
-        raise ValueError(
-            f"cpu_capability: name: expected one of {', '.join(_CAPABILITIES)}, got {name!r}"
-        )
+        raise ValueError(f"cpu_capability: name: expected one of {', '.join(_CAPABILITIES)}, got {name!r}")
     return _CAPABILITIES[torch.ops.mfac_kernels.cpu_capability(level)]

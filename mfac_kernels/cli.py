@@ -109,9 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help=f"run on {_FALLBACK_DATA} if the dataset asked for cannot be had",
     )
-    train.add_argument(
-        "--model", choices=tuple(training.MODELS), help="network (default: by dataset)"
-    )
+    train.add_argument("--model", choices=tuple(training.MODELS), help="network (default: by dataset)")
     train.add_argument(
         "--optimizers",
         type=_optimizer_names,
@@ -141,14 +139,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for what is written (default: %(default)s)",
     )
-    train.add_argument(
-        "--batch-size", type=_positive_int, default=128, metavar="N", help="default: %(default)s"
-    )
+    train.add_argument("--batch-size", type=_positive_int, default=128, metavar="N", help="default: %(default)s")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
     train.add_argument("--threads", type=_positive_int, metavar="N", help="CPU threads for torch")
-    train.add_argument(
-        "--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)"
-    )
+    train.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)")
     train.set_defaults(command=_train)
 
     bench = commands.add_parser(
@@ -229,14 +223,11 @@ def _load_data(arguments: argparse.Namespace) -> datasets.Dataset:
         if not by_default and not arguments.fallback:
             raise
         print(
-            f"mfac-kernels: {error}\n"
-            f"mfac-kernels: {name} cannot be had: running on {_FALLBACK_DATA} instead",
+            f"mfac-kernels: {error}\nmfac-kernels: {name} cannot be had: running on {_FALLBACK_DATA} instead",
             file=sys.stderr,
         )
         data = datasets.load(_FALLBACK_DATA)
-        return dataclasses.replace(
-            data, source=f"{data.source}; in place of {name}, which could not be had"
-        )
+        return dataclasses.replace(data, source=f"{data.source}; in place of {name}, which could not be had")
 
 
 def _bench(arguments: argparse.Namespace) -> int:
@@ -259,9 +250,7 @@ def _optimizer_names(text: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     for name in names:
         if name not in training.CHOSEN:
-            raise argparse.ArgumentTypeError(
-                f"unknown optimizer {name!r}: choose from {', '.join(training.CHOSEN)}"
-            )
+            raise argparse.ArgumentTypeError(f"unknown optimizer {name!r}: choose from {', '.join(training.CHOSEN)}")
     return names
 
 

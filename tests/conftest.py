@@ -1,7 +1,7 @@
 """What the tests share: devices, instruction sets, and makers of gradients.
 
-MFAC_KERNELS_TEST_DEVICES="cpu,cuda" chooses the devices; the default is the CPU, and CUDA where torch finds a GPU and the
-package was built for it.
+MFAC_KERNELS_TEST_DEVICES="cpu,cuda" chooses the devices; the default is the CPU, and CUDA where torch finds a GPU
+and the package was built for it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ hypothesis.settings.register_profile(
     # instruction_set holds for every example of a test alike
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-hypothesis.settings.register_profile(
-    "ci", hypothesis.settings.get_profile("local"), derandomize=True, print_blob=True
-)
+hypothesis.settings.register_profile("ci", hypothesis.settings.get_profile("local"), derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -70,7 +68,7 @@ GradientMaker = Callable[..., Tensor]
 
 @pytest.fixture(scope="session")
 def gradients() -> GradientMaker:
-    """gradients(m, d, ...) -> (m, d) on the CPU: rows of the given norm (about), independent or each correlated with the last."""
+    """gradients(m, d, ...) -> (m, d) on the CPU: rows of about the given norm, each correlated by rho with the last."""
 
     def make(
         m: int,

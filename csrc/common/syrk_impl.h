@@ -12,8 +12,11 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 // ---- rows: a tile of dot products, each register a sum over lanes ---------------------------------------------------------------
 
 constexpr int kDotRows = 4;
-constexpr int kDotColumns = MFAC_ISA_LEVEL == 2 ? 4 : 2;  // as many sums as the register file holds
+constexpr int kDotColumns = MFAC_ISA_LEVEL == 2 ? 4 : MFAC_ISA_LEVEL == 1 ? 3 : 2;  // as many sums as there are registers for
 constexpr int kDotTile = kDotRows * kDotColumns;
+// Sums of a tile in memory: room for whole vectors of them.
+template <class S>
+constexpr int kDotSums = (kDotTile + kLanesOf<S> - 1) / kLanesOf<S> * kLanesOf<S>;
 constexpr int64_t kStagedBytes = 3072;  // of a staged row: two tiles' rows fit L1 several times over
 template <class S>
 constexpr int64_t kStagedColumns = kStagedBytes / sizeof(S);
@@ -50,7 +53,7 @@ MFAC_INLINE void add_to(double* sums, f32v v) {
 template <class S>
 __attribute__((noinline)) void dot_tile(const S* a, const S* b, int64_t columns, double* sums) {
   using V = Vec<S>;
-  V sum[kDotTile] = {};
+  V sum[kDotSums<S>] = {};
   for (int64_t k = 0; k < columns; k += kLanesOf<S>) {
     V y[kDotColumns];
 #pragma GCC unroll 4
@@ -63,7 +66,7 @@ __attribute__((noinline)) void dot_tile(const S* a, const S* b, int64_t columns,
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < kDotTile; i += kLanesOf<S>) add_to(sums + i, lane_sums<V, kLanesOf<S>>(sum + i));
+  for (int i = 0; i < kDotSums<S>; i += kLanesOf<S>) add_to(sums + i, lane_sums<V, kLanesOf<S>>(sum + i));
 }
 
 // ---- columns: a square tile, a row of it per broadcast element ------------------------------------------------------------------

@@ -45,7 +45,7 @@ struct GramTasks {
   GramTasks(const Gradients& g, int64_t block_size)
       : blocks(divide_up(g.d, block_size)),
         row_blocks(std::max<int64_t>(1, divide_up(g.m, kGramRows))),
-        rows(divide_up(divide_up(g.m, row_blocks), 8) * 8),
+        rows(divide_up(divide_up(g.m, row_blocks), 16) * 16),
         pairs(row_blocks * (row_blocks + 1) / 2),
         segments(1) {
     constexpr int64_t kEnough = 32, kMinColumns = 4096;
@@ -85,10 +85,10 @@ Tensor gram_of_blocks(const Tensor& tensor, const Gradients& g, int64_t block_si
     while (j > i) j -= ++i;
     const int64_t first = block * block_size, width = std::min(block_size, g.d - first);
     const int64_t from = first + width * segment / tasks.segments, to = first + width * (segment + 1) / tasks.segments;
-    i *= tasks.rows;
-    j *= tasks.rows;
-    g.kernels().gram_block(g.at(i, from), std::min(tasks.rows, m - i), g.at(j, from), std::min(tasks.rows, m - j), g.stride, to - from,
-                           sums + (block * tasks.segments + segment) * m * m + i * m + j, m, scratch(kGramWork));
+    const char *a = g.at(i * tasks.rows, from), *b = j < i ? g.at(j * tasks.rows, from) : nullptr;
+    const int64_t a_rows = std::min(tasks.rows, m - i * tasks.rows), b_rows = std::min(tasks.rows, m - j * tasks.rows);
+    double* sum = sums + (block * tasks.segments + segment) * m * m + i * tasks.rows * m + j * tasks.rows;
+    g.kernels().gram_block(a, a_rows, b, b_rows, g.stride, to - from, sum, m, scratch(kGramWork));
   });
   for (int64_t b = 0; b < tasks.blocks; ++b) reduce_symmetric(sums + b * tasks.segments * m * m, tasks.segments, m, out + b * m * m);
   return result;

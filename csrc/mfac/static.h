@@ -7,12 +7,14 @@
 
 namespace mfac_kernels {
 
-// The Gram matrix is computed in blocks of kGramRows x kGramRows entries, whose staged rows and sums fit L2.
-constexpr int64_t kGramRows = 256;
+// The Gram matrix is computed in blocks of at most kGramRows x kGramRows entries, whose staged rows and sums fit L2; both are padded
+// to whole tiles of a few entries.
+constexpr int64_t kGramRows = 256, kGramStagedRows = kGramRows + 8, kGramSums = kGramRows * kGramRows * 3 / 2;
+constexpr int64_t kGramWork = kGramSums * 8 + 2 * kGramStagedRows * 3072;
 
 struct StaticKernels {
-  // out[i, j] = a_i . b_j over `columns` columns; a (a_rows, columns), b (b_rows, columns), at most kGramRows rows each. a == b: only
-  // j <= i is written. work: kGramWork bytes, aligned to 64.
+  // out[i, j] = a_i . b_j over `columns` columns; a (a_rows, columns), b (b_rows, columns), at most kGramRows rows each. b null: a with
+  // itself, and only j <= i is written. work: kGramWork bytes, aligned to 64.
   void (*gram_block)(const void* a, int64_t a_rows, const void* b, int64_t b_rows, int64_t stride, int64_t columns, double* out,
                      int64_t out_stride, void* work);
 
@@ -31,7 +33,6 @@ struct StaticKernels {
   void (*inverse_diagonal)(const void* columns, int64_t stride, int64_t m, int64_t n, const void* packed, double damping, void* out,
                            void* work);
 };
-constexpr int64_t kGramWork = 2 * kGramRows * 3072 + kGramRows * kGramRows * 8;
 const StaticKernels& static_kernels(DType);
 
 }  // namespace mfac_kernels

@@ -10,6 +10,7 @@
 
 #include "common/checks.h"
 #include "common/parallel.h"
+#include "common/tasks.h"
 #include "mfac/mfac.h"
 
 namespace mfac_kernels {
@@ -70,11 +71,7 @@ struct Columns {
   }
 };
 
-double* scratch(size_t doubles) {
-  thread_local std::vector<double> buffer;
-  if (buffer.size() < doubles) buffer.resize(doubles);
-  return buffer.data();
-}
+double* doubles(int64_t n) { return static_cast<double*>(scratch(n * sizeof(double))); }
 
 // Widens n columns of one row and pads the chunk with zeros.
 void widen_chunk(const WindowKernels& kernels, const void* src, int64_t n, double* out) {
@@ -105,7 +102,7 @@ Tensor window_dots(const Tensor& window, const Tensor& x, int64_t block_size) {
     const int64_t k = std::min(kMaxVectors, v.rows - first), n = k * g.rows;
     std::fill(partial.begin(), partial.end(), 0.0);
     columns.for_each_chunk(n, [&](int64_t, int64_t segment, int64_t column, int64_t width) {
-      double* chunk = scratch(k * kWindowChunk);
+      double* chunk = doubles(k * kWindowChunk);
       for (int64_t i = 0; i < k; ++i) widen_chunk(v.kernels(), v.at(first + i, column), width, chunk + i * kWindowChunk);
       g.kernels().dots(g.at(0, column), g.stride, g.rows, width, chunk, k, partial.data() + segment * n);
     });
@@ -121,7 +118,7 @@ double rounded_square_sum(const Rows& g, const Rows& window) {
   const Columns columns(g.dim, g.dim);
   std::vector<double> partial(columns.segments, 0.0);
   columns.for_each_chunk(1, [&](int64_t, int64_t segment, int64_t column, int64_t n) {
-    double *chunk = scratch(2 * kWindowChunk), *rounded = chunk + kWindowChunk;
+    double *chunk = doubles(2 * kWindowChunk), *rounded = chunk + kWindowChunk;
     g.kernels().widen(g.at(0, column), n, chunk);
     window.kernels().narrow(chunk, n, rounded);
     window.kernels().widen(rounded, n, chunk);
@@ -157,7 +154,7 @@ Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& g
   std::vector<double> partial(columns.segments * w.rows, 0.0);
   // One pass: each chunk of the new row is rounded, stored, and met by every row, itself included.
   columns.for_each_chunk(filled, [&](int64_t, int64_t segment, int64_t column, int64_t n) {
-    double* chunk = scratch(kWindowChunk);
+    double* chunk = doubles(kWindowChunk);
     g.kernels().widen(g.at(0, column), n, chunk);
     w.kernels().narrow(chunk, n, w.at(slot, column));
     widen_chunk(w.kernels(), w.at(slot, column), n, chunk);
@@ -188,7 +185,7 @@ Tensor window_combine(const Tensor& window, const Tensor& coefficients, int64_t 
   for (int64_t first = 0; first < vectors; first += kMaxVectors) {
     const int64_t k = std::min(kMaxVectors, vectors - first);
     columns.for_each_chunk(g.rows * k, [&](int64_t block, int64_t, int64_t column, int64_t n) {
-      double* y = scratch((k + 1) * kWindowChunk);
+      double* y = doubles((k + 1) * kWindowChunk);
       double* input = y + k * kWindowChunk;
       std::fill_n(y, k * kWindowChunk, 0.0);
       g.kernels().combine(g.at(0, column), g.stride, g.rows, n, weights + (block * vectors + first) * g.rows, k, y);

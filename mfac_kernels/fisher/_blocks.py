@@ -10,10 +10,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from mfac_kernels.fisher._cholesky import append_row, cholesky, inverse_lower
+from mfac_kernels.fisher._cholesky import append_row, cholesky, diagonal_of, inverse_lower
 from mfac_kernels.fisher._rows import Rows
-from mfac_kernels.ops.static import block_gram, block_inverse, inverse_diagonal
+from mfac_kernels.ops.static import block_gram, block_inverse
+
+
+_WIDENED = 1 << 22
 
 
 class PrimalBlocks:
@@ -28,7 +32,7 @@ class PrimalBlocks:
         """x (k, dim) -> (k, dim)."""
         padded = self._by_block(x.to(self._inverse.dtype))
         y = torch.bmm(padded, self._inverse)
-        return y.transpose(0, 1).reshape(len(x), -1)[:, : self._rows.dim].to(x.dtype)
+        return y.transpose(0, 1).flatten(1)[:, : self._rows.dim].to(x.dtype)
 
     def diagonal(self) -> Tensor:
         return self._inverse.diagonal(dim1=1, dim2=2).reshape(-1)[: self._rows.dim].clone()
@@ -61,7 +65,7 @@ class PrimalBlocks:
             columns = page[:, k * b : (k + 1) * b].contiguous().to(torch.float64)
             again, failed = block_inverse(columns, b, self._damping, float(self._ngrads))
             if int(failed[0]):
-                raise torch.linalg.LinAlgError(
+                raise LinAlgError(
                     f"block {first_column // b + k}: not positive definite at damping {self._damping:g}: "
                     f"its leading minor of order {int(failed[0])} is not positive"
                 )
@@ -88,17 +92,17 @@ class DualBlocks:
         for a, stop, page in self._rows.pages():
             for start in range(0, stop - a, b):
                 block = page[:, start : start + b]
-                parts.append(inverse_diagonal(block, transform[(a + start) // b], self._damping))
+                parts.append(diagonal_of(block, transform[(a + start) // b], self._damping, self._ngrads))
         return torch.cat(parts)
 
     def elements(self, i: Tensor, j: Tensor) -> Tensor:
         """Entries (i, j) of blocks that i and j share; meaningless where they do not."""
-        return (i == j) / self._damping - (self._whitened(i) * self._whitened(j)).sum(0)
+        return (i == j).double() / self._damping - (self._whitened(i) * self._whitened(j)).sum(0)
 
     def submatrix(self, index: Tensor) -> Tensor:
         """[F^-1] at index x index, for one block."""
         w = self._whitened(index)
-        return (index[:, None] == index) / self._damping - w.mT @ w
+        return (index[:, None] == index).double() / self._damping - w.mT @ w
 
     def append(self, g: Tensor) -> None:
         """One more row of L in O(m^2) a block, after one pass for its Gram row; of V by the paper's recursion step."""
@@ -121,22 +125,32 @@ class DualBlocks:
         """W (m, k) with [F^-1]_ij = delta_ij / damping - W_i . W_j for i and j in one block."""
         blocks = index // self._rows.block_size
         if self._vectors is not None:
-            return self._vectors.columns(index) / _q(self._lower, self._damping)[blocks].sqrt().mT
+            q = _q(self._lower, self._damping)[blocks].mT
+            whitened: Tensor = self._vectors.columns(index) / q.sqrt()
+            return whitened
         columns = self._rows.columns(index)
-        for block in blocks.unique().tolist():
+        for block in sorted(set(blocks.tolist())):
             mine = blocks == block
-            columns[:, mine] = torch.linalg.solve_triangular(
-                self._lower[block], columns[:, mine], upper=False
-            )
-        return columns / self._damping**0.5
+            columns[:, mine] = torch.linalg.solve_triangular(self._lower[block], columns[:, mine], upper=False)
+        scaled: Tensor = columns / self._damping**0.5
+        return scaled
 
 
 def gram_of(rows: Rows) -> Tensor:
-    """G_b G_b^T for each block -> (blocks, m, m) float64. ValueError if the gradients are not finite."""
+    """G_b G_b^T for each block -> (blocks, m, m) float64. ValueError if the gradients are not finite.
+
+    In float64 whatever the gradients' dtype, from widened copies of at most ``_WIDENED`` elements (or one block): an
+    error of K is amplified by |g|^2 / (n damping) in every product that follows.
+    """
+    size = rows.block_size
+    unit = size if rows.block_count > 1 else 1
+    step = max(1, _WIDENED // max(1, rows.count) // unit) * unit
     grams = []
     for a, b, page in rows.pages():
-        grams.append(block_gram(page, min(rows.block_size, b - a)))
-    gram = torch.cat(grams) if rows.block_count > 1 else torch.stack(grams).sum(0)
+        for start in range(0, b - a, step):
+            part = page[:, start : start + step]
+            grams.append(block_gram(part.to(torch.float64), min(size, part.shape[1])))
+    gram = torch.cat(grams) if rows.block_count > 1 else sum(grams[1:], grams[0])
     if not bool(gram.isfinite().all()):
         raise ValueError("grads: expected finite values, got NaN or infinity")
     return gram

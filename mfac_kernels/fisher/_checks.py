@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from typing import SupportsFloat, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -11,22 +11,28 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+def _int(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    return value.__index__()
+
+
 def positive_int(name: str, value: object) -> int:
     """``value`` as an int >= 1, else TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return int(value)
+    number = _int(name, value)
+    if number < 1:
+        raise ValueError(f"{name}: expected at least 1, got {number}")
+    return number
 
 
 def positive_float(name: str, value: object) -> float:
     """``value`` as a positive finite float, else TypeError or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, (bool, str)) or not isinstance(value, SupportsFloat):
         raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
+    number = float(value)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name}: expected a positive finite number, got {value}")
-    return float(value)
+    return number
 
 
 def floating(name: str, dtype: torch.dtype) -> torch.dtype:
@@ -57,11 +63,10 @@ def finite(name: str, x: Tensor) -> None:
 
 def index(name: str, value: object, dim: int) -> int:
     """``value`` as an index into ``dim`` coordinates, negative ones from the end, else TypeError or IndexError."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: expected an int, got {value!r}")
-    if not -dim <= value < dim:
-        raise IndexError(f"{name}: expected an index in [{-dim}, {dim}), got {value}")
-    return int(value) % dim
+    number = _int(name, value)
+    if not -dim <= number < dim:
+        raise IndexError(f"{name}: expected an index in [{-dim}, {dim}), got {number}")
+    return number % dim
 
 
 def indices(name: str, value: Tensor, dim: int, device: torch.device) -> Tensor:

@@ -5,22 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfac_kernels.ops.window import core_refactor_
+from mfac_kernels.ops.static import inverse_diagonal
 
 
 def cholesky(gram: Tensor, shift: float) -> Tensor:
-    """L L^T = shift I + gram for each block -> (blocks, m, m).
+    """L L^T = shift I + gram for each block -> (blocks, m, m). Of ``gram`` the lower triangle is read.
 
-    A block that rounding has made indefinite is factored with its pivots held at ``shift``, the bound that they have in
-    exact arithmetic.
+    A gram that rounding has made indefinite beyond the shift is replaced by the nearest one that is not: its negative
+    eigenvalues are set to zero.
     """
     shifted = gram.clone()
     shifted.diagonal(dim1=1, dim2=2).add_(shift)
+    lower: Tensor
     lower, info = torch.linalg.cholesky_ex(shifted)
-    for k in info.nonzero()[:, 0].tolist():
-        factor = torch.zeros_like(gram[k])
-        core_refactor_(gram[k], factor, torch.tensor([len(factor), 0]).to(gram.device), shift, False)
-        lower[k] = factor.mT
+    # No Schur complement of shift I + gram is below shift if gram is positive semidefinite.
+    lost = lower.diagonal(dim1=1, dim2=2).square().lt(shift / 2).any(1) | (info != 0)
+    for k in lost.nonzero()[:, 0].tolist():
+        lower[k] = _projected(gram[k], shift)
+    return lower
+
+
+def _projected(gram: Tensor, shift: float) -> Tensor:
+    """L of shift I + the positive semidefinite part of gram (m, m): K = A^T A with A = Q R, so that L = R^T."""
+    eigenvalues, vectors = torch.linalg.eigh(gram)
+    _, r = torch.linalg.qr((eigenvalues.clamp_min(0) + shift).sqrt()[:, None] * vectors.mT)
+    lower: Tensor = (r * r.diagonal().sign()[:, None]).mT
     return lower
 
 
@@ -28,14 +37,27 @@ def append_row(lower: Tensor, dots: Tensor, shift: float) -> Tensor:
     """L of one more gradient: lower (blocks, m, m), its dots with all (blocks, m + 1) -> (blocks, m + 1, m + 1)."""
     m = lower.shape[-1]
     row = torch.linalg.solve_triangular(lower, dots[:, :m, None], upper=False)[:, :, 0]
-    pivot = (dots[:, m] + shift - row.square().sum(1)).clamp_min(shift).sqrt()
+    pivot = dots[:, m] + shift - row.square().sum(1)
     grown = torch.nn.functional.pad(lower, (0, 1, 0, 1))
     grown[:, m, :m] = row
-    grown[:, m, m] = pivot
+    grown[:, m, m] = pivot.clamp_min(shift).sqrt()
+    for k in (pivot < shift / 2).nonzero()[:, 0].tolist():  # as in cholesky
+        gram = torch.nn.functional.pad(lower[k] @ lower[k].mT, (0, 1, 0, 1))
+        gram.diagonal()[:m].sub_(shift)
+        gram[m] = dots[k]
+        grown[k] = _projected(gram, shift)
     return grown
 
 
 def inverse_lower(lower: Tensor) -> Tensor:
     """L^-1 for each block."""
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
+    return inverse.contiguous()
+
+
+def diagonal_of(grads: Tensor, transform: Tensor, damping: float, n: int) -> Tensor:
+    """diag(F^-1) (d,) for grads (m, d) and L^-1 (m, m), held to its bound 1 / F_jj, which rounding could cross."""
+    diagonal = inverse_diagonal(grads, transform, damping)
+    norms = torch.linalg.vector_norm(grads, dim=0, dtype=diagonal.dtype)
+    return torch.maximum(diagonal, 1 / (damping + norms.square() / n))

@@ -19,9 +19,7 @@ class Rows:
     are on the computing device a page is a view; elsewhere a page is all that is copied there at any time.
     """
 
-    def __init__(
-        self, grads: Tensor, device: torch.device, block_size: int, page_size: int | None
-    ) -> None:
+    def __init__(self, grads: Tensor, device: torch.device, block_size: int, page_size: int | None) -> None:
         self.dim, self.dtype, self.device = grads.shape[1], grads.dtype, device
         self.block_size = min(block_size, self.dim)
         self._grads = grads
@@ -66,8 +64,7 @@ class Rows:
         parts = []
         for part in self._parts:
             pages = [
-                window_dots(self._load(part, a, b), x[:, a:b], min(self.block_size, b - a))
-                for a, b in self._ranges()
+                window_dots(self._load(part, a, b), x[:, a:b], min(self.block_size, b - a)) for a, b in self._ranges()
             ]
             parts.append(torch.cat(pages) if self.block_count > 1 else torch.stack(pages).sum(0))
         return torch.cat(parts, dim=2)

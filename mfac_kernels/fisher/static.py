@@ -27,8 +27,8 @@ class StaticFisher:
     F is then the masked, block-diagonal one. For b <= m each block is formed and inverted directly (b^2 elements a block
     in float32, float64 for float64 gradients); for b > m as above, block by block.
 
-    Accuracy: the Gram matrix of float32 and narrower gradients has a relative error of about 1e-8, so F^-1 x has one of
-    about 1e-8 max_i |g_i|^2 / (n damping) at worst. float64 gradients are float64 throughout.
+    Accuracy: products and entries are computed in float64 and rounded once, whatever the dtype of the gradients; the
+    diagonal, and blocks with b <= m, in float32 (float64 for float64 gradients).
 
     Args:
         grads: (m, d), rows contiguous, float32, float64, bfloat16 or float16, finite. m may be 0 if ``ngrads`` is given.
@@ -59,9 +59,7 @@ class StaticFisher:
             raise TypeError(f"grads: expected a tensor of shape (m, d), got {type(grads).__name__}")
         _checks.floating("grads", grads.dtype)
         if grads.dim() != 2 or grads.shape[1] == 0 or (grads.shape[0] == 0 and ngrads is None):
-            raise ValueError(
-                f"grads: expected shape (m, d) with m >= 1 and d >= 1, got {tuple(grads.shape)}"
-            )
+            raise ValueError(f"grads: expected shape (m, d) with m >= 1 and d >= 1, got {tuple(grads.shape)}")
         if grads.shape[1] > 1 and grads.stride(1) != 1:
             raise ValueError(f"grads: expected contiguous rows, got stride {grads.stride(1)}")
         self.damping = _checks.positive_float("damping", damping)
@@ -70,7 +68,7 @@ class StaticFisher:
         size = self.dim if block_size is None else _checks.positive_int("block_size", block_size)
         if page_size is not None:
             _checks.positive_int("page_size", page_size)
-        self._source, self._version = grads, grads._version  # kept by reference: a change must not pass unseen
+        self._source, self._version = grads, _version(grads)  # kept by reference: a change must not pass unseen
         self._count = grads.shape[0]
         self._rows = Rows(
             grads.detach(),
@@ -177,8 +175,13 @@ class StaticFisher:
         self._count += 1
 
     def _check_unchanged(self) -> None:
-        if self._source._version != self._version:
+        if _version(self._source) != self._version:
             raise RuntimeError(
                 "grads: expected the gradients given at construction, got ones that were changed in place since; "
                 "construct a new StaticFisher"
             )
+
+
+def _version(t: Tensor) -> int:
+    """Counts changes in place; torch does not count those of tensors made in inference mode."""
+    return 0 if t.is_inference() else t._version

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from mfac_kernels.fisher import _checks
-from mfac_kernels.fisher._cholesky import cholesky, inverse_lower
-from mfac_kernels.ops.static import inverse_diagonal
+from mfac_kernels.fisher._cholesky import cholesky, diagonal_of, inverse_lower
 from mfac_kernels.ops.window import (
     core_insert_,
     core_refactor_,
@@ -162,9 +161,9 @@ class FisherWindow:
     def diagonal(self) -> Tensor:
         """diag(F^-1) (dim,), float32 at least, in O(d m^2). Synchronises with the device."""
         held = min(self.seen, self.ngrads)
-        shift, per_gradient = self._shift
-        lower = cholesky(self._gram(held)[None], shift * max(1, held) if per_gradient else shift)
-        return inverse_diagonal(self.window[:held], inverse_lower(lower)[0], self.damping)
+        n = self.ngrads if self.normalize == "ngrads" else max(1, held)
+        lower = cholesky(self._gram(held)[None], self.damping * n)
+        return diagonal_of(self.window[:held], inverse_lower(lower)[0], self.damping, n)
 
     def element(self, i: int, j: int) -> Tensor:
         """[F^-1]_ij, a 0-dimensional float64 tensor, in O(m^2)."""
@@ -198,22 +197,24 @@ class FisherWindow:
         self._raised_refusals = self.refused
 
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raise KeyError for a missing entry, ValueError for another shape, dtype, damping or normalisation."""
+        """Raise KeyError for a missing entry, TypeError or ValueError for one that does not fit this window."""
         missing = {*_TENSORS, "damping", "normalize"} - state_dict.keys()
         if missing:
             raise KeyError(f"state_dict: expected the entries {sorted(missing)}, which are missing")
         for name in _TENSORS:
             mine, theirs = getattr(self, name), state_dict[name]
+            if not isinstance(theirs, Tensor):
+                raise TypeError(f"state_dict[{name!r}]: expected a tensor, got {type(theirs).__name__}")
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
                 raise ValueError(
                     f"state_dict[{name!r}]: expected {mine.dtype} of shape {tuple(mine.shape)}, "
                     f"got {theirs.dtype} of shape {tuple(theirs.shape)}"
                 )
         if state_dict["normalize"] != self.normalize:
-            raise ValueError(
-                f"state_dict['normalize']: expected {self.normalize!r}, got {state_dict['normalize']!r}"
-            )
+            raise ValueError(f"state_dict['normalize']: expected {self.normalize!r}, got {state_dict['normalize']!r}")
         _checks.positive_float("state_dict['damping']", state_dict["damping"])
+        if bool((state_dict["state"] < 0).any()):
+            raise ValueError(f"state_dict['state']: expected counts >= 0, got {state_dict['state'].tolist()}")
 
     # -- pieces -------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ _NAMES = {
 
 def check(condition: bool, message: str) -> None:
     """Raise RuntimeError(message) unless condition holds."""
-    torch._check(condition, lambda: message)
+    torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
 
 
 def _shape(shape: Sequence[int]) -> str:
@@ -54,9 +54,7 @@ def check_shape(op: str, name: str, t: Tensor, expected: Sequence[int]) -> None:
     )
 
 
-def check_state(
-    op: str, name: str, t: Tensor, dtype: torch.dtype, expected: Sequence[int]
-) -> None:
+def check_state(op: str, name: str, t: Tensor, dtype: torch.dtype, expected: Sequence[int]) -> None:
     check(
         t.dtype == dtype,
         f"{op}: {name}: expected {_name(dtype)}, got {_name(t.dtype)}",

@@ -6,10 +6,11 @@ For gradients G (m, d), damping and n, F = damping I + G^T G / n. By Woodbury, w
     [F^-1]_jj = (1 - sum_i (L^-1 G)_ij^2) / damping          inverse_diagonal
     F_b^-1 = (damping I + G_b^T G_b / n)^-1                  block_inverse, for a block of b <= m coordinates
 
-The rows of ``g`` are contiguous and any distance apart. float32 and narrower gradients are multiplied in float32, float64
-ones in float64. Results are the same bit for bit whatever the number of threads.
+The rows of ``g`` are contiguous and any distance apart. float32 and narrower gradients are multiplied in float32,
+float64 ones in float64. Results are the same bit for bit whatever the number of threads.
 
-Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information", NeurIPS 2021.
+Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
+NeurIPS 2021.
 """
 
 from __future__ import annotations
@@ -49,21 +50,20 @@ def inverse_diagonal(g: Tensor, transform: Tensor, damping: float) -> Tensor:
     g (m, d), any floating dtype; transform (m, m) float64, lower triangular (the rest is not read): L^-1 with
     L L^T = n damping I + g g^T -> (d,) in float32, or float64 for float64 gradients.
 
-    The sum is at most 1; it is accurate to c m eps (``|transform| @ |g|`` squared and summed, to be exact), so the relative
-    error of an entry is c m eps / (damping * entry): full precision unless an entry is much smaller than 1 / damping.
+    The sum is at most 1 and, as long as ``transform @ g`` cancels no more than the sum does, accurate to c m eps: the
+    relative error of an entry is c m eps / (damping * entry), small unless the entry is far below 1 / damping.
     """
     diagonal: Tensor = _ops.inverse_diagonal(g, transform, damping)
     return diagonal
 
 
-def block_inverse(
-    g: Tensor, block_size: int, damping: float, count: float
-) -> tuple[Tensor, Tensor]:
+def block_inverse(g: Tensor, block_size: int, damping: float, count: float) -> tuple[Tensor, Tensor]:
     """``(damping I + g_b.T @ g_b / count)^-1`` for each block g_b of ``block_size`` columns, the last one ragged.
 
-    g (m, d), any floating dtype -> inverse (blocks, block_size, block_size), exactly symmetric, float32, or float64 for
-    float64 gradients; rows and columns past the ragged end are zero. info (blocks,) int32: 0; or the order of the leading
-    minor that is not positive; or -1 for a block that is not finite. A block that fails is NaN and touches no other.
+    g (m, d), any floating dtype -> inverse (blocks, block_size, block_size), exactly symmetric, float32, or float64
+    for float64 gradients; rows and columns past the ragged end are zero. info (blocks,) int32: 0; or the order of the
+    leading minor that is not positive; or -1 for a block that is not finite. A block that fails is NaN and touches no
+    other.
 
     A blocked Cholesky inverse: the error of a block is c b eps cond(F_b), relative to its norm.
     """

@@ -68,15 +68,11 @@ def window_combine(
     window (m, d); coefficients (blocks, k, m) float64; x (k, d) -> (k, d) in ``dtype`` (default: the window's).
     """
     size = block_size or max(1, window.shape[1])
-    out: Tensor = _ops.window_combine(
-        window, coefficients, size, beta, x, alpha, dtype or window.dtype
-    )
+    out: Tensor = _ops.window_combine(window, coefficients, size, beta, x, alpha, dtype or window.dtype)
     return out
 
 
-def core_insert_(
-    gram: Tensor, factor: Tensor, state: Tensor, dots: Tensor, shift: float, per_gradient: bool
-) -> Tensor:
+def core_insert_(gram: Tensor, factor: Tensor, state: Tensor, dots: Tensor, shift: float, per_gradient: bool) -> Tensor:
     """Replace the oldest gradient of the core by one with Gram row ``dots`` (m,): O(m^2), no drift.
 
     Writes gram, factor and state; returns ``K^-1 e_newest`` (m,) float64 with K = shift I + gram. ``per_gradient``
@@ -87,17 +83,13 @@ def core_insert_(
     return coefficients
 
 
-def core_solve(
-    factor: Tensor, state: Tensor, b: Tensor, shift: float, per_gradient: bool
-) -> Tensor:
+def core_solve(factor: Tensor, state: Tensor, b: Tensor, shift: float, per_gradient: bool) -> Tensor:
     """``K^-1 b`` for each row of b (k, m) float64."""
     x: Tensor = _ops.core_solve(factor, state, b, shift, per_gradient)
     return x
 
 
-def core_refactor_(
-    gram: Tensor, factor: Tensor, state: Tensor, shift: float, per_gradient: bool
-) -> None:
+def core_refactor_(gram: Tensor, factor: Tensor, state: Tensor, shift: float, per_gradient: bool) -> None:
     """Rebuild ``factor`` from ``gram`` after the shift has changed: O(m^3), never fails."""
     _ops.core_refactor_(gram, factor, state, shift, per_gradient)
 
@@ -152,9 +144,7 @@ def _(
         f"{op}: coefficients: expected 3 dimensions, got shape {tuple(coefficients.shape)}",
     )
     vectors = coefficients.shape[1]
-    check_state(
-        op, "coefficients", coefficients, torch.float64, (blocks, vectors, window.shape[0])
-    )
+    check_state(op, "coefficients", coefficients, torch.float64, (blocks, vectors, window.shape[0]))
     if x is not None:
         check_rows(op, "x", x)
         check_shape(op, "x", x, (vectors, window.shape[1]))
@@ -177,9 +167,7 @@ def _check_core(op: str, factor: Tensor, state: Tensor, shift: float) -> int:
 
 
 @torch.library.register_fake("mfac_kernels::core_insert_")
-def _(
-    gram: Tensor, factor: Tensor, state: Tensor, dots: Tensor, shift: float, per_gradient: bool
-) -> Tensor:
+def _(gram: Tensor, factor: Tensor, state: Tensor, dots: Tensor, shift: float, per_gradient: bool) -> Tensor:
     op = "core_insert_"
     m = _check_core(op, factor, state, shift)
     check_state(op, "gram", gram, torch.float64, (m, m))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, SupportsFloat
 
 Hyperparameter = float | Callable[[int], float]
 """A number, or a function of the step number (0 for the first step)."""
@@ -38,5 +38,10 @@ class Preconditioner(ABC):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a :meth:`state_dict` from any device. Raises, changing nothing, if it does not fit."""
 
-    def _at_step(self, value: Hyperparameter) -> float:
-        return float(value(self.steps)) if callable(value) else float(value)
+    def _at_step(self, name: str) -> float:
+        """The hyper-parameter ``name`` at this step. TypeError if it is not a number."""
+        value = getattr(self, name)
+        number = value(self.steps) if callable(value) else value
+        if isinstance(number, (bool, str)) or not isinstance(number, SupportsFloat):
+            raise TypeError(f"{name}: expected a number or a function of the step, got {number!r}")
+        return float(number)

@@ -26,8 +26,9 @@ class MFAC(Preconditioner):
 
     The optimizer that follows should have no momentum or weight decay of its own unless both are wanted. Gradients may
     be accumulated over several backward passes before ``step()``. With :class:`torch.amp.GradScaler` call
-    ``scaler.unscale_(optimizer)`` first. A gradient that is not finite is never inserted: it stays as it is in ``.grad``,
-    where a GradScaler sees it, and is counted in :attr:`skipped`.
+    ``scaler.unscale_(optimizer)`` first. A gradient that is not finite is never inserted and is counted in
+    :attr:`skipped`: it stays as it is in ``.grad``, where a GradScaler sees it. One that is finite but too large for a
+    float16 window is refused too, and ``.grad`` becomes zero: the step is skipped.
 
     Args:
         params: parameters, or parameter groups (dicts with a ``"params"`` entry; other entries are not read).
@@ -70,7 +71,9 @@ class MFAC(Preconditioner):
         groups = _groups(params)
         if not per_group:
             groups = [[p for group in groups for p in group]]
-        first = self._at_step(damping)
+        self._frozen = [p for group in groups for p in group if not p.requires_grad]
+        groups = [trained for group in groups if (trained := [p for p in group if p.requires_grad])]
+        first = self._at_step("damping")
         self._windows = [_Window(g, ngrads, first, dtype, normalize) for g in groups]
 
     @property
@@ -90,12 +93,17 @@ class MFAC(Preconditioner):
         A parameter whose ``.grad`` is None counts as a zero gradient and is left alone.
 
         Raises:
-            RuntimeError: a parameter was frozen, resized or moved since construction; a sparse gradient.
+            RuntimeError: a parameter was frozen, unfrozen, resized or moved since construction; a sparse gradient.
             ValueError: a hyper-parameter's function returned a value out of range. Nothing changes in either case.
         """
         momentum = self._range("momentum", 1.0)
         decay = self._range("weight_decay", float("inf"))
-        damping = self._at_step(self.damping)
+        damping = self._at_step("damping")
+        if any(p.requires_grad for p in self._frozen):
+            raise RuntimeError(
+                "MFAC: a parameter that was frozen at construction requires a gradient now, but the window has no "
+                "entries for it; construct a new MFAC over the parameters that are trained"
+            )
         for window in self._windows:
             window.check_parameters()
         for window in self._windows:
@@ -115,20 +123,23 @@ class MFAC(Preconditioner):
         if momentum and self.momentum_mode == "coupled":
             g = torch.add(g, window.buffer, alpha=momentum)
         u, accepted = window.fisher.try_update_ihvp(g)
-        if g.device.type == "cpu" and not accepted:
-            return
-        average = u
         if momentum and self.momentum_mode == "decoupled":
-            average = u = torch.add(u, window.buffer, alpha=momentum)
-        elif momentum:
-            average = g
-        if momentum:
-            window.buffer = torch.where(accepted, average, window.buffer)
-        if g.device.type != "cpu":
-            u = torch.where(accepted, u, window.gather(held, grads))
-        torch._foreach_copy_(grads, window.views(u, held))
+            u = torch.add(u, window.buffer, alpha=momentum)
+        averaged = u if self.momentum_mode == "decoupled" else g
+        if g.device.type == "cpu":
+            if not accepted:
+                if all(bool(grad.isfinite().all()) for grad in grads):
+                    torch._foreach_zero_(grads)
+                return
+        else:  # the same without asking the device
+            raw = window.gather(held, grads)
+            averaged = torch.where(accepted, averaged, window.buffer)
+            u = torch.where(accepted, u, torch.where(raw.isfinite().all(), 0, raw))
+        window.buffer.copy_(averaged)  # in place: state_dict's tensors are the live ones
         if decay and self.weight_decay_mode == "decoupled":
-            torch._foreach_add_(grads, params, alpha=decay)
+            decays = torch._foreach_mul(params, accepted.to(u.dtype) * decay)
+            torch._foreach_add_(window.views(u, held), decays)
+        torch._foreach_copy_(grads, window.views(u, held))
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Not possible: the window's gradients have no entries for new parameters. Raises RuntimeError."""
@@ -153,26 +164,28 @@ class MFAC(Preconditioner):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        buffers, windows = state_dict["momentum_buffers"], state_dict["windows"]
-        if len(windows) != len(self._windows):
-            raise ValueError(
-                f"state_dict: expected {len(self._windows)} windows, got {len(windows)}"
-            )
-        for mine, buffer in zip(self._windows, buffers, strict=True):
+        missing = {"steps", "windows", "momentum_buffers"} - state_dict.keys()
+        if missing:
+            raise KeyError(f"state_dict: expected the entries {sorted(missing)}, which are missing")
+        windows, buffers = state_dict["windows"], state_dict["momentum_buffers"]
+        for name in ("windows", "momentum_buffers"):
+            if len(state_dict[name]) != len(self._windows):
+                raise ValueError(f"state_dict[{name!r}]: expected {len(self._windows)}, got {len(state_dict[name])}")
+        steps = int(state_dict["steps"])
+        for mine, window, buffer in zip(self._windows, windows, buffers, strict=True):
             if buffer.shape != mine.buffer.shape:
                 raise ValueError(
                     f"state_dict['momentum_buffers']: expected shape {tuple(mine.buffer.shape)}, "
                     f"got {tuple(buffer.shape)}"
                 )
-        for mine, window in zip(self._windows, windows, strict=True):
             mine.fisher.check_state_dict(window)
         for mine, window, buffer in zip(self._windows, windows, buffers, strict=True):
             mine.fisher.load_state_dict(window)
-            mine.buffer = buffer.to(mine.buffer, copy=True)
-        self.steps = int(state_dict["steps"])
+            mine.buffer.copy_(buffer)
+        self.steps = steps
 
     def _range(self, name: str, below: float) -> float:
-        value = self._at_step(getattr(self, name))
+        value = self._at_step(name)
         if not 0 <= value < below:
             raise ValueError(f"{name}: expected a number in [0, {below}), got {value}")
         return value
@@ -202,7 +215,7 @@ class _Window:
 
     def views(self, flat: Tensor, which: list[int]) -> list[Tensor]:
         """The parts of ``flat`` (dim,) that belong to the parameters ``which``, in their shapes."""
-        parts = flat.split(self._sizes)
+        parts = torch.split(flat, self._sizes)
         return [parts[i].view(self._shapes[i]) for i in which]
 
     def gather(self, which: list[int], grads: list[Tensor]) -> Tensor:
@@ -235,14 +248,15 @@ def _mode(name: str, mode: Mode) -> Mode:
 
 
 def _groups(params: Iterable[Tensor] | Iterable[Mapping[str, Any]]) -> list[list[Tensor]]:
-    """The parameters that require gradients, by group; checked."""
+    """The parameters by group, checked; at least one requires a gradient."""
     if isinstance(params, Tensor):
         raise TypeError("params: expected an iterable of tensors or groups, got a tensor")
     given = list(params)
     if given and all(isinstance(g, Mapping) for g in given):
-        groups = [list(g["params"]) for g in given if isinstance(g, Mapping)]
+        in_groups = [g["params"] for g in given if isinstance(g, Mapping)]
+        groups = [[g] if isinstance(g, Tensor) else list(g) for g in in_groups]
     else:
-        groups = [given]  # type: ignore[list-item]
+        groups = [given]
     seen: set[int] = set()
     for p in (p for group in groups for p in group):
         if not isinstance(p, Tensor):
@@ -252,11 +266,10 @@ def _groups(params: Iterable[Tensor] | Iterable[Mapping[str, Any]]) -> list[list
         if id(p) in seen:
             raise ValueError("params: expected each parameter once, got one twice")
         seen.add(id(p))
-    trained = [[p for p in group if p.requires_grad] for group in groups]
-    trained = [group for group in trained if group]
+    trained = [p for group in groups for p in group if p.requires_grad]
     if not trained:
         raise ValueError("params: expected at least one parameter that requires a gradient, got none")
-    devices = {str(p.device) for group in trained for p in group}
+    devices = {str(p.device) for p in trained}
     if len(devices) > 1:
         raise ValueError(f"params: expected parameters on one device, got {', '.join(sorted(devices))}")
-    return trained
+    return groups

@@ -39,9 +39,7 @@ class ResNet20(nn.Module):
 
     def __init__(self, in_channels: int = 3, num_classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-        )
+        self.stem = nn.Sequential(nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         blocks: list[nn.Module] = []
         channels = 16
         for width, first_stride in ((16, 1), (32, 2), (64, 2)):
@@ -93,9 +91,7 @@ MODELS: dict[str, Callable[[int, int, tuple[int, int]], nn.Module]] = {
 }
 
 
-def build_model(
-    name: str, in_channels: int, num_classes: int, image_size: tuple[int, int]
-) -> nn.Module:
+def build_model(name: str, in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
     """Build one of ``MODELS`` for images (in_channels, *image_size), from torch's global generator.
 
     Raises:

@@ -36,8 +36,7 @@ def format_table(comparison: Comparison, *, settings: bool = False) -> str:
         "optimizer": [run.config.label for run in comparison.results],
         "settings": [run.config.settings for run in comparison.results],
         "loss": [
-            f"{run.final_loss:.3f}" if math.isfinite(run.final_loss) else "diverged"
-            for run in comparison.results
+            f"{run.final_loss:.3f}" if math.isfinite(run.final_loss) else "diverged" for run in comparison.results
         ],
         "accuracy": [f"{run.accuracy:.1%}" for run in comparison.results],
         "ms/step": [f"{1e3 * run.median_step_seconds:.1f}" for run in comparison.results],
@@ -45,10 +44,7 @@ def format_table(comparison: Comparison, *, settings: bool = False) -> str:
             f"{1e3 * run.median_preconditioner_seconds:.1f}" if _has_preconditioner(run) else "-"
             for run in comparison.results
         ],
-        "share": [
-            f"{run.preconditioner_share:.1%}" if _has_preconditioner(run) else "-"
-            for run in comparison.results
-        ],
+        "share": [f"{run.preconditioner_share:.1%}" if _has_preconditioner(run) else "-" for run in comparison.results],
     }
     if not settings:
         del columns["settings"]
@@ -115,9 +111,7 @@ def best_of(comparison: Comparison) -> dict[str, OptimizerConfig]:
     best: dict[str, RunResult] = {}
     for run in comparison.results:
         name = run.config.name
-        if math.isfinite(run.final_loss) and (
-            name not in best or run.final_loss < best[name].final_loss
-        ):
+        if math.isfinite(run.final_loss) and (name not in best or run.final_loss < best[name].final_loss):
             best[name] = run
     return {name: run.config for name, run in best.items()}
 
@@ -214,18 +208,10 @@ def _conditions(comparison: Comparison) -> str:
 
 
 def _grid_text(comparison: Comparison) -> str:
-    """The grid, in words, of every optimizer in the comparison."""
-    lines = []
-    for name in _optimizers(comparison):
-        grid = GRID[name]
-        keys = vars(grid[0])
-        values = {key: dict.fromkeys(vars(config)[key] for config in grid) for key in keys}
-        words = [
-            f"{key.replace('_', ' ')} {', '.join(f'{value:g}' for value in values[key])}"
-            for key in keys
-        ]
-        lines.append(f"- {grid[0].label}: {'; '.join(words)}")
-    return "\n".join(lines)
+    """The grid of every optimizer in the comparison, a line a setting."""
+    return "\n".join(
+        f"- {config.label}: {config.settings}" for name in _optimizers(comparison) for config in GRID[name]
+    )
 
 
 def _optimizers(comparison: Comparison) -> list[str]:
@@ -275,9 +261,7 @@ def _as_json(comparison: Comparison, *, curves: bool) -> dict[str, Any]:
     # The dataclasses' field names are the file's.
     return {
         **{name: value for name, value in vars(comparison).items() if name != "results"},
-        "settings_chosen_from": {
-            name: [_config(config) for config in GRID[name]] for name in _optimizers(comparison)
-        },
+        "settings_chosen_from": {name: [_config(config) for config in GRID[name]] for name in _optimizers(comparison)},
         "runs": [_run_as_json(run, curves=curves) for run in comparison.results],
     }
 

@@ -37,9 +37,7 @@ def newest_slot(window: mk.FisherWindow) -> int:
 
 
 def dense_inverse(window: mk.FisherWindow) -> Tensor:
-    return torch.linalg.inv(
-        reference.fisher(window.window.cpu(), window.damping, divisor(window))
-    )
+    return torch.linalg.inv(reference.fisher(window.window.cpu(), window.damping, divisor(window)))
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -77,8 +75,8 @@ def test_float32_accuracy(m, rho, newest_gate, any_gate, gradients, device):
     assert tolerance < newest_gate
     assert error(got, reference.newest(rows, damping, m, slot)) <= tolerance
 
-    # The same by subtraction: F^-1 g = (g - G^T K'^-1 G g) / damping is off by G^T K^-1 (K' - K) e / damping, for the answer
-    # m G^T K^-1 e, so relatively by (K' - K) / (m damping).
+    # The same by subtraction: F^-1 g = (g - G^T K'^-1 G g) / damping is off by G^T K^-1 (K' - K) e / damping,
+    # for the answer m G^T K^-1 e, so relatively by |K' - K| / (m damping).
     tolerance = 2**-24 + 2 * EPS * largest / damping
     assert tolerance < any_gate
     for row in (slot, (slot + m // 2) % m):
@@ -105,9 +103,7 @@ def extended_newest(rows: Tensor, damping: float, slot: int) -> Tensor:
     return torch.from_numpy((a[:, m] @ g).astype(np.float64))
 
 
-@pytest.mark.skipif(
-    np.finfo(np.longdouble).eps >= EPS, reason="numpy's long double is a double here"
-)
+@pytest.mark.skipif(np.finfo(np.longdouble).eps >= EPS, reason="numpy's long double is a double here")
 @pytest.mark.parametrize("rho", [0.99, 0.9999])
 def test_ten_thousand_inserts_drift_no_further_than_a_fresh_factor(rho, gradients, device):
     m, d, inserts = 32, 300, 10_000
@@ -179,7 +175,7 @@ def test_results_come_in_the_argument_s_dtype(dtype, x_dtype, gradients, device)
     want = x.cpu().double() @ dense_inverse(window)
     got = window.ihvp(x)
     assert got.dtype == x_dtype
-    assert error(got, want) <= torch.finfo(x_dtype).eps
+    assert error(got, want) <= torch.finfo(x_dtype).eps + 1e-13  # one rounding at the end; condition of F below 100
     assert window.update_ihvp(x[0]).dtype == x_dtype
 
 
@@ -201,9 +197,7 @@ def test_any_number_of_vectors(k, count, gradients, device):
 
 
 def test_any_layout_of_vectors(gradients, device):
-    window = fill(
-        mk.FisherWindow(20, 4, 0.1, dtype=torch.float64, device=device), gradients(5, 20)
-    )
+    window = fill(mk.FisherWindow(20, 4, 0.1, dtype=torch.float64, device=device), gradients(5, 20))
     wide = gradients(6, 40, seed=1).to(device)
     for x in (wide[:, ::2], wide[::3, :20], wide.mT[:20].mT, wide[0, :20].expand(3, 20)):
         assert torch.equal(window.ihvp(x), window.ihvp(x.contiguous()))
@@ -216,18 +210,14 @@ def test_any_layout_of_vectors(gradients, device):
 @pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize(("dim", "ngrads"), [(1, 1), (1, 5), (40, 1), (5, 40)])
 def test_smallest_sizes(dim, ngrads, normalize, gradients, device):
-    window = mk.FisherWindow(
-        dim, ngrads, 0.25, dtype=torch.float64, normalize=normalize, device=device
-    )
+    window = mk.FisherWindow(dim, ngrads, 0.25, dtype=torch.float64, normalize=normalize, device=device)
     x = gradients(2, dim, seed=2)
     for g in gradients(2 * ngrads + 1, dim, norm=2.0):
         got = window.update_ihvp(g.to(device))
         inverse = dense_inverse(window)
         assert error(got, g @ inverse) <= 1e-11
         assert error(window.ihvp(x.to(device)), x @ inverse) <= 1e-11
-        torch.testing.assert_close(
-            window.diagonal().cpu(), inverse.diagonal(), rtol=1e-11, atol=1e-11
-        )
+        torch.testing.assert_close(window.diagonal().cpu(), inverse.diagonal(), rtol=1e-11, atol=1e-11)
 
 
 def test_an_empty_window_divides_by_the_damping(device):
@@ -320,13 +310,19 @@ def test_state_dict_is_live_and_loads_onto_itself(gradients, device):
 
 def test_reset_is_a_new_window(gradients, device):
     window = fill(mk.FisherWindow(11, 4, 0.1, device=device), gradients(7, 11))
-    window.try_update_ihvp(torch.full((11,), torch.inf, device=device))
+    bad = torch.full((11,), torch.inf, device=device)
+    window.try_update_ihvp(bad)
+    with pytest.raises(ValueError, match="1 gradients were not finite"):
+        window.check()
     window.reset()
     window.check()
     new = mk.FisherWindow(11, 4, 0.1, device=device)
     assert_same_bits(window, new)
     for g in gradients(6, 11, seed=1).to(device):
         assert torch.equal(window.update_ihvp(g), new.update_ihvp(g))
+    window.try_update_ihvp(bad)
+    with pytest.raises(ValueError, match="1 gradients were not finite"):
+        window.check()
 
 
 @pytest.mark.parametrize("normalize", NORMALIZE)
@@ -359,7 +355,7 @@ def test_a_refused_gradient_changes_nothing_but_the_count(gradients, device):
     assert accepted.dtype == torch.bool and accepted.shape == () and not accepted
     assert torch.equal(returned[:8], g[:8]) and bool(returned[8].isnan())
     assert (window.seen, window.refused) == (6, 1)
-    with pytest.raises(ValueError, match="1 gradients were not finite in torch.float32"):
+    with pytest.raises(ValueError, match="1 gradients were not finite in"):
         window.check()
     window.check()
     for mine, theirs in zip(tensors(window)[:3], tensors(before)[:3], strict=True):

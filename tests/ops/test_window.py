@@ -35,7 +35,9 @@ def assert_close(got: Tensor, want: Tensor, terms: int, scale: Tensor | float) -
     assert bool(((got.double() - want).abs() <= bound).all()), (got.double() - want).abs().max()
 
 
-@given(m=rows, k=st.sampled_from([0, 1, 3, 4, 5, 8, 67]), d=dims, dtype=dtypes, x_dtype=dtypes, seed=seeds, data=st.data())
+@given(
+    m=rows, k=st.sampled_from([0, 1, 3, 4, 5, 8, 67]), d=dims, dtype=dtypes, x_dtype=dtypes, seed=seeds, data=st.data()
+)
 def test_dots(m, k, d, dtype, x_dtype, seed, data, instruction_set):
     block = data.draw(st.one_of(st.just(d), st.integers(max(1, d // 9), d + 3)))
     g, x = random((m, d), dtype, seed, pad=seed % 3), random((k, d), x_dtype, seed + 1, pad=seed % 2)
@@ -46,15 +48,21 @@ def test_dots(m, k, d, dtype, x_dtype, seed, data, instruction_set):
     assert got.shape[0] == -(-d // block)
 
 
-@given(m=rows, k=st.sampled_from([0, 1, 3, 4, 5, 67]), d=dims, dtype=dtypes, seed=seeds, with_x=st.booleans(), data=st.data())
+@given(
+    m=rows,
+    k=st.sampled_from([0, 1, 3, 4, 5, 67]),
+    d=dims,
+    dtype=dtypes,
+    seed=seeds,
+    with_x=st.booleans(),
+    data=st.data(),
+)
 def test_combine(m, k, d, dtype, seed, with_x, data, instruction_set):
     block = data.draw(st.one_of(st.just(d), st.integers(max(1, d // 9), d + 3)))
     out_dtype = data.draw(dtypes)
     g, x = random((m, d), dtype, seed, pad=seed % 3), random((k, d), torch.float32, seed + 1, pad=1)
     c = random((-(-d // block), k, m), torch.float64, seed + 2)
-    got = ops.window_combine(
-        g, c, beta=-0.7, x=x if with_x else None, alpha=1.3, dtype=out_dtype, block_size=block
-    )
+    got = ops.window_combine(g, c, beta=-0.7, x=x if with_x else None, alpha=1.3, dtype=out_dtype, block_size=block)
     assert got.dtype == out_dtype and got.shape == (k, d)
     for b, start in enumerate(range(0, d, block)):
         gb, xb = g[:, start : start + block].double(), x[:, start : start + block].double() * with_x
@@ -71,7 +79,7 @@ def test_rounding_is_torch_s(dtype, instruction_set):
     """Every exponent, halves between neighbours, subnormals, overflow: the stored row is g.to(dtype) bit for bit."""
     exponents = torch.arange(-149, 128, dtype=torch.float64)
     mantissas = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9, 1 + 2**-11, 1 + 3 * 2**-11, 2 - 2**-23])
-    values = (2.0**exponents[:, None] * mantissas).flatten()
+    values = (2.0 ** exponents[:, None] * mantissas).flatten()
     values = torch.cat([values, -values, torch.tensor([0.0, -0.0])]).float()
     values = values[values.to(dtype).isfinite()]
     window = torch.zeros(1, len(values), dtype=dtype)
@@ -126,7 +134,13 @@ def fill(m: int, count: int, d: int, shift: float, per_gradient: bool, seed: int
     return g, gram, factor, state, newest
 
 
-@given(m=st.integers(1, 40), rounds=st.floats(0, 2.5), shift=st.sampled_from([1e-3, 1.0]), per_gradient=st.booleans(), seed=seeds)
+@given(
+    m=st.integers(1, 40),
+    rounds=st.floats(0, 2.5),
+    shift=st.sampled_from([1e-3, 1.0]),
+    per_gradient=st.booleans(),
+    seed=seeds,
+)
 def test_core(m, rounds, shift, per_gradient, seed, instruction_set):
     count = int(rounds * m)
     g, gram, factor, state, newest = fill(m, count, 2 * m + 3, shift, per_gradient, seed)

