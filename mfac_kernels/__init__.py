@@ -1,7 +1,7 @@
-"""Compiled kernels for second-order information of neural networks, and the curvature objects and preconditioners over them.
+"""Compiled kernels for second-order information of neural networks; curvature objects and preconditioners over them.
 
-FisherWindow, StaticFisher: inverse-Hessian-vector products from gradients (M-FAC). MFAC: a preconditioner beside any torch
-optimizer. ops: the kernels themselves. build_info, cpu_capability: what was built and what runs.
+FisherWindow, StaticFisher: inverse-Hessian-vector products from gradients (M-FAC). MFAC: a preconditioner beside any
+torch optimizer. ops: the kernels themselves. build_info, cpu_capability: what was built and what runs.
 """
 
 from mfac_kernels import ops

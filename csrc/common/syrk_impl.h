@@ -17,7 +17,7 @@ constexpr int kDotTile = kDotRows * kDotColumns;
 // Sums of a tile in memory: room for whole vectors of them.
 template <class S>
 constexpr int kDotSums = (kDotTile + kLanesOf<S> - 1) / kLanesOf<S> * kLanesOf<S>;
-constexpr int64_t kStagedBytes = 3072;  // of a staged row: two tiles' rows fit L1 several times over
+constexpr int64_t kStagedBytes = 3072;  // of a staged row: a dozen of them fit L1
 template <class S>
 constexpr int64_t kStagedColumns = kStagedBytes / sizeof(S);
 

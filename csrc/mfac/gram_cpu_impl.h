@@ -1,10 +1,9 @@
 // Blocks of the Gram matrix: S[i, j] = a_i . b_j over `columns` columns of gradients a (m_a, columns), b (m_b, columns).
 //
 // Floor: 2 m_a m_b columns flops, half of it on the diagonal; bound by arithmetic from about m = 32 on. Fast because each element that
-// a tile of dot products loads serves kDotRows or kDotColumns of them; rows are copied next to each other a piece at a time, the pieces
-// of a whole block staying in L2, while the next ones are prefetched. Accurate because only the sums over a piece, and over one lane
-// of it, are in the type of the products: they are added up in float64, so that the error (about 1e-8 of |a| . |b| for float32) does
-// not grow with the number of columns.
+// a tile of dot products loads serves kDotRows or kDotColumns of them; rows are copied next to each other a piece at a time, and the
+// pieces of a whole block stay in L2. Accurate because only the sums over one lane of a piece are in the type of the products: they are
+// added up in float64, so that the error (about 1e-8 of |a| . |b| for float32) does not grow with the number of columns.
 
 template <class S, class T>
 void stage_rows(const T* g, int64_t rows, int64_t stride, int64_t columns, S* staged) {
@@ -23,8 +22,10 @@ template <class T>
 void gram_block(const void* a_rows, int64_t a_count, const void* b_rows, int64_t b_count, int64_t stride, int64_t columns, double* out,
                 int64_t out_stride, void* work) {
   using S = Compute<T>;
+  static_assert(kGramWork >= kGramSums * 8 + 2 * kGramStagedRows * kStagedBytes);
   constexpr int64_t kGroup = 2 * kDotColumns;  // rows of b that stay in L1 while the rows of a pass
   const bool diagonal = !b_rows;
+  const bool prefetching = diagonal && a_count <= 128;  // with more rows the loads of the next pieces only get in each other's way
   const T *a = static_cast<const T*>(a_rows), *b = static_cast<const T*>(diagonal ? a_rows : b_rows);
   const int64_t row_tiles = round_up(a_count, kDotRows) / kDotRows, column_tiles = round_up(b_count, kDotColumns) / kDotColumns;
   double* sums = static_cast<double*>(work);  // (row_tiles, column_tiles, kDotSums): tiles of (kDotRows, kDotColumns)
@@ -42,10 +43,7 @@ void gram_block(const void* a_rows, int64_t a_count, const void* b_rows, int64_t
     for (int64_t group = 0; group < b_count; group += kGroup) {
       const int64_t top = diagonal ? group / kDotRows : 0;
       for (int64_t i = top; i < row_tiles; ++i) {
-        if (next < columns) {
-          prefetch_part<T, S>(b + group * stride + next, kGroup, stride, i - top, row_tiles - top);
-          if (!diagonal) prefetch_part<T, S>(a + i * kDotRows * stride + next, kDotRows, stride, group, b_count);
-        }
+        if (prefetching && next < columns) prefetch_part<T, S>(b + group * stride + next, kGroup, stride, i - top, row_tiles - top);
         int64_t end = group + kGroup < b_count ? group + kGroup : b_count;
         if (diagonal && end > (i + 1) * kDotRows) end = (i + 1) * kDotRows;
         for (int64_t j = group; j < end; j += kDotColumns)

@@ -16,7 +16,6 @@ from mfac_kernels.fisher._cholesky import append_row, cholesky, diagonal_of, inv
 from mfac_kernels.fisher._rows import Rows
 from mfac_kernels.ops.static import block_gram, block_inverse
 
-
 _WIDENED = 1 << 22
 
 

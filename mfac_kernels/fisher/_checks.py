@@ -43,7 +43,7 @@ def floating(name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def vectors(name: str, x: Tensor, dim: int, device: torch.device, *, batch: bool) -> Tensor:
-    """``x`` as (k, dim) contiguous rows on ``device``; (dim,) or, if ``batch``, (k, dim) is accepted. Finite on the CPU."""
+    """``x``, (dim,) or (if ``batch``) (k, dim) on ``device``, as (k, dim) rows; else TypeError or ValueError."""
     shapes = f"({dim},) or (k, {dim})" if batch else f"({dim},)"
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor of shape {shapes}, got {type(x).__name__}")
@@ -56,7 +56,7 @@ def vectors(name: str, x: Tensor, dim: int, device: torch.device, *, batch: bool
 
 
 def finite(name: str, x: Tensor) -> None:
-    """ValueError unless ``x`` is finite. Only on the CPU: elsewhere it would synchronise, and NaN shows in the result."""
+    """ValueError unless ``x`` is finite. On the CPU only: elsewhere it would synchronise."""
     if x.device.type == "cpu" and not bool(x.isfinite().all()):
         raise ValueError(f"{name}: expected finite values, got NaN or infinity")
 

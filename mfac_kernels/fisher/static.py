@@ -23,15 +23,15 @@ class StaticFisher:
     for one, and the gradients must not change afterwards (a change made in place is detected). Extra memory: 16 m^2
     bytes a block, and one page of columns where gradients are streamed to another device.
 
-    With ``block_size`` b the coordinates are cut into blocks of b (the last one ragged) with an independent Fisher each:
-    F is then the masked, block-diagonal one. For b <= m each block is formed and inverted directly (b^2 elements a block
-    in float32, float64 for float64 gradients); for b > m as above, block by block.
+    With ``block_size`` b the coordinates are cut into blocks of b (the last one ragged) with an independent Fisher
+    each: F is then the masked, block-diagonal one. For b <= m each block is formed and inverted directly (b^2 elements
+    a block in float32, float64 for float64 gradients); for b > m as above, block by block.
 
     Accuracy: products and entries are computed in float64 and rounded once, whatever the dtype of the gradients; the
     diagonal, and blocks with b <= m, in float32 (float64 for float64 gradients).
 
     Args:
-        grads: (m, d), rows contiguous, float32, float64, bfloat16 or float16, finite. m may be 0 if ``ngrads`` is given.
+        grads: (m, d), rows contiguous, float32, float64, bfloat16 or float16, finite. m may be 0 with ``ngrads`` given.
         damping: > 0, in units of a squared gradient entry.
         block_size: b, or None for one block.
         ngrads: n, what the sum is divided by; default m. It stays as it is when gradients are appended: to build
@@ -161,7 +161,7 @@ class StaticFisher:
         return self._blocks.vectors()
 
     def append(self, g: Tensor) -> None:
-        """Add (1/n) g g^T to F for one more gradient ``g`` (dim,): the paper's recursion step, O(d m). n stays ``ngrads``.
+        """Add (1/n) g g^T to F for one more gradient ``g`` (dim,), n = ``ngrads``: the paper's recursion step, O(d m).
 
         Raises:
             ValueError: another shape or device, or not finite in the gradients' dtype; nothing changes.

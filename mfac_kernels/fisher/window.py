@@ -27,8 +27,8 @@ class FisherWindow:
     Frantar, Kurtic, Alistarh, "M-FAC", NeurIPS 2021, section 3.2 (the dynamic algorithm), with an O(m^2) core in place
     of the paper's O(m^3) one.
 
-    The window holds gradients rounded to ``dtype``; everything is then exact (float64 arithmetic) for *those* gradients.
-    A bfloat16 window halves the memory and the time of a step; its F is that of the rounded gradients.
+    The window holds gradients rounded to ``dtype``; everything is then exact (float64 arithmetic) for *those*
+    gradients. A bfloat16 window halves the memory and the time of a step; its F is that of the rounded gradients.
 
     Args:
         dim: d, the number of coordinates, >= 1.
@@ -103,8 +103,8 @@ class FisherWindow:
         """Insert gradient ``g`` (dim,) in place of the oldest.
 
         Raises:
-            ValueError: ``g`` has another shape or device, or (CPU) is not finite in the window's dtype; nothing changes.
-                On other devices such a gradient is refused without a synchronisation: :meth:`check` tells.
+            ValueError: ``g`` has another shape or device, or (CPU) is not finite in the window's dtype; nothing
+                changes. On other devices such a gradient is refused without a synchronisation: :meth:`check` tells.
         """
         self._insert(g)
 
@@ -118,9 +118,9 @@ class FisherWindow:
         return self._combine_newest(coefficients, g.dtype)
 
     def try_update_ihvp(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`update_ihvp` that refuses a non-finite ``g`` quietly: returns (F^-1 g or ``g`` as it came, accepted ()).
+        """:meth:`update_ihvp` that refuses a non-finite ``g`` quietly: returns (F^-1 g, or ``g`` as it came; accepted).
 
-        ``accepted`` is a bool tensor on the window's device; nothing synchronises there. Refusals are counted in
+        ``accepted`` () is a bool tensor on the window's device; nothing synchronises there. Refusals are counted in
         :attr:`refused`.
         """
         accepted, coefficients = self._insert(g, quietly=True)

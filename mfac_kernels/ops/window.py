@@ -1,6 +1,6 @@
 """Sliding-window M-FAC as five ops: two passes over the window and the m x m core between them.
 
-With K = shift I + G G^T and shift = n damping, F = damping I + G^T G / n has (Woodbury, and push-through for a row g of G)
+With K = shift I + G G^T and shift = n damping, F = damping I + G^T G / n has (Woodbury; push-through for a row g of G)
 
     F^-1 x = (x - G^T K^-1 G x) / damping          window_dots, core_solve, window_combine
     F^-1 g = n G^T K^-1 e_g                        window_insert_, core_insert_, window_combine
