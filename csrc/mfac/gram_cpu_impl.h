@@ -3,7 +3,7 @@
 // Floor: 2 m_a m_b columns flops, half of it on the diagonal; bound by arithmetic from about m = 32 on. Fast because each element that
 // a tile of dot products loads serves kDotRows or kDotColumns of them; rows are copied next to each other a piece at a time, and the
 // pieces of a whole block stay in L2. Accurate because only the sums over one lane of a piece are in the type of the products: they are
-// added up in float64, so that the error (about 1e-8 of |a| . |b| for float32) does not grow with the number of columns.
+// added up in float64, so that the error (a few 1e-8 of |a| . |b| at worst for float32) does not grow with the number of columns.
 
 template <class S, class T>
 void stage_rows(const T* g, int64_t rows, int64_t stride, int64_t columns, S* staged) {

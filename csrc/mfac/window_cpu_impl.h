@@ -5,7 +5,7 @@
 //
 // Floor: both are bound by reading G once, m d sizeof(T) bytes; 2 k m d flops hide behind it up to about k = 8.
 // What makes them fast: several rows in flight and the next rows prefetched, so that memory never waits for the end of a row; the
-// chunk of X or Y stays in L1; elements are widened to float64 in registers. At DRAM speed the float64 arithmetic costs nothing, and
+// chunk of X or Y stays in L2; elements are widened to float64 in registers. At DRAM speed the float64 arithmetic costs nothing, and
 // it is what lets F^-1 x = (x - G^T K^-1 G x) / damping keep its digits through the subtraction.
 
 // kRows x kVectors dot products over n columns. `ahead` rows further down are prefetched.

@@ -14,7 +14,7 @@ from mfac_kernels.reference import window as reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float64).eps
-CHUNK = 4096  # kWindowChunk: sizes around it and its multiples are the ragged ends
+CHUNK = 8192  # kWindowChunk: sizes around it and its multiples are the ragged ends
 
 dtypes = st.sampled_from(DTYPES)
 rows = st.sampled_from([0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 17])
