@@ -89,7 +89,8 @@ def test_the_learning_rate_decays_linearly(digits: Dataset, monkeypatch: pytest.
 
     monkeypatch.setattr(torch.optim.SGD, "step", noting)
     compare(digits, steps=4)
-    assert rates == pytest.approx([0.03, 0.0225, 0.015, 0.0075])
+    lr = SGD.lr
+    assert rates == pytest.approx([lr, 0.75 * lr, 0.5 * lr, 0.25 * lr])
 
 
 def test_preconditioner_acts_between_backward_and_step(digits: Dataset) -> None:
