@@ -13,7 +13,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench lint sanitize wheel clean
+.PHONY: help install demo test bench lint sanitize simt cuda-check wheel clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
@@ -21,6 +21,8 @@ help:
 	@echo 'make bench     build, then run the benchmarks'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make simt      the op tests on the CUDA kernels, run on the CPU in three orders of threads'
+	@echo 'make cuda-check  every CUDA kernel compiled for the default architectures; registers, shared memory, spills'
 	@echo 'make wheel     a wheel in dist/'
 	@echo 'make install   the build alone'
 	@echo 'make clean     remove what was built (not the environment)'
@@ -92,6 +94,30 @@ sanitize: $(stamp) $(stamp)-test
 	cd build/sanitize/lib && $(sanitized) \
 	  $(bin)/python -c 'import mfac_kernels; assert mfac_kernels.build_info()["sanitized"]'
 	$(sanitized) $(bin)/pytest tests/ops
+
+simt: $(stamp) $(stamp)-test
+	rm -rf build/simt/lib
+	MFAC_KERNELS_SIMT=1 $(bin)/python setup.py --quiet build --build-base build/simt --build-lib build/simt/lib
+	cd build/simt/lib && PYTHONPATH=$$PWD $(bin)/python -c 'import mfac_kernels; assert mfac_kernels.build_info()["simt"]'
+	for order in forward reverse random; do \
+	  MFAC_KERNELS_SIMT_ORDER=$$order PYTHONPATH=$(CURDIR)/build/simt/lib $(bin)/pytest tests/ops || exit; done
+
+# Needs nvcc, no GPU and no torch with CUDA: kernels know no torch, and their glue only the headers that every torch has.
+NVCC ?= nvcc
+architectures := 80 90 100 120
+torch_includes = $(shell $(bin)/python -c 'from torch.utils.cpp_extension import include_paths; print(*include_paths("cpu"))')
+
+cuda-check: $(stamp)
+	mkdir -p build/cuda-check
+	for kernels in $(wildcard csrc/*/*.cu); do \
+	  $(NVCC) -std=c++20 -O3 -Icsrc -Werror all-warnings -Xptxas -v -c $$kernels -o build/cuda-check/$$(basename $$kernels).o \
+	    $(foreach a,$(architectures),-gencode arch=compute_$(a),code=sm_$(a)) || exit; \
+	done >build/cuda-check/log 2>&1 || { cat build/cuda-check/log; exit 1; }
+	for glue in $(wildcard csrc/*/*_cuda.cpp); do \
+	  $(NVCC) -std=c++20 -Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-Wno-psabi,-Werror -DUSE_CUDA -DTORCH_STABLE_ONLY \
+	    -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc $(addprefix -isystem ,$(torch_includes)) \
+	    -c $$glue -o build/cuda-check/$$(basename $$glue).o || exit; done
+	$(bin)/python tools/cuda_resources.py <build/cuda-check/log
 
 # build/lib* would carry files into the wheel that the tree no longer has.
 wheel: $(stamp)

@@ -11,6 +11,8 @@ Environment variables:
                             unset: build them if torch has CUDA and its toolkit is found
     MFAC_KERNELS_WERROR     1: compiler warnings are errors
     MFAC_KERNELS_SANITIZE   1: AddressSanitizer and UndefinedBehaviorSanitizer, debug symbols
+    MFAC_KERNELS_SIMT       1: ops on the CPU run the CUDA kernels, as csrc/common/simt.h interprets them:
+                            for tests; implies MFAC_KERNELS_CUDA=0
     CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS    as in torch.utils.cpp_extension
 """
 
@@ -38,6 +40,7 @@ import pybind11
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
+SIMT_RUNTIME = "csrc/common/simt.cpp"
 
 
 def flag(name: str) -> bool | None:
@@ -92,6 +95,26 @@ def sources(pattern: str) -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
+def ops_sources(cuda: bool, simt: bool) -> list[str]:
+    """X_cuda.cpp is the glue of the kernels in X_kernels.cu; under SIMT it takes the place of X.cpp."""
+    glue, kernels = set(sources("csrc/*/*_cuda.cpp")), sources("csrc/*/*.cu")
+    chosen = set(sources("csrc/library.cpp")) | set(sources("csrc/*/*.cpp")) - glue - {SIMT_RUNTIME}
+    if cuda:
+        chosen |= {*glue, *kernels}
+    if simt:
+        chosen -= {path.replace("_cuda.cpp", ".cpp") for path in glue}
+        chosen |= {SIMT_RUNTIME, *glue, *map(as_cpp, kernels)}
+    return sorted(chosen)
+
+
+def as_cpp(kernels: str) -> str:
+    """A file that a C++ compiler takes for C++, with nothing in it but the kernels."""
+    path = Path("build", "simt", "sources", kernels).with_suffix(".cpp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#include "{Path(kernels).relative_to("csrc")}"\n')
+    return str(path)
+
+
 def system_includes(directories: list[str]) -> list[str]:
     """Flags that keep warnings of other people's headers quiet."""
     return [word for directory in directories for word in ("-isystem", directory)]
@@ -100,7 +123,8 @@ def system_includes(directories: list[str]) -> list[str]:
 if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
     sys.exit(f"mfac_kernels needs torch >= {'.'.join(map(str, OLDEST_TORCH))}, got {torch.__version__}")
 
-cuda = choose_cuda()
+simt = bool(flag("MFAC_KERNELS_SIMT"))
+cuda = None if simt else choose_cuda()
 sanitize = flag("MFAC_KERNELS_SANITIZE")
 
 torch_includes = include_paths("cuda" if cuda else "cpu")
@@ -115,6 +139,8 @@ cxx_flags = [
     f"-fmacro-prefix-map={Path(torch.__file__).parent}=torch",
 ]
 link_flags = []
+if simt:
+    cxx_flags += ["-Wno-unknown-pragmas"]  # nvcc's
 if flag("MFAC_KERNELS_WERROR"):
     cxx_flags += ["-Werror"]
 if sanitize:
@@ -130,6 +156,8 @@ record = [
     ("MFAC_KERNELS_TORCH_VERSION", f'"{torch.__version__}"'),
     ("MFAC_KERNELS_SANITIZED", str(int(sanitize or False))),
 ]
+if simt:
+    record += [("MFAC_KERNELS_SIMT", None)]
 if cuda:
     record += [
         ("MFAC_KERNELS_WITH_CUDA", None),
@@ -139,13 +167,14 @@ if cuda:
 
 ops = Extension(
     "mfac_kernels._ops",
-    sources("csrc/library.cpp") + sources("csrc/*/*.cpp") + (sources("csrc/*/*.cu") if cuda else []),
+    ops_sources(cuda is not None, simt),
     language="c++",
     include_dirs=[str(ROOT / "csrc")],
     define_macros=[
         *record,
         ("TORCH_TARGET_VERSION", "0x020a000000000000"),
         ("TORCH_STABLE_ONLY", None),
+        *([("USE_CUDA", None)] if cuda else []),  # torch's headers then declare the current stream
     ],
     library_dirs=library_paths("cuda" if cuda else "cpu"),
     libraries=[

@@ -39,6 +39,11 @@ py::dict build_info() {
 #endif
   info["instruction_sets"] = instruction_sets;
   info["sanitized"] = static_cast<bool>(MFAC_KERNELS_SANITIZED);
+#ifdef MFAC_KERNELS_SIMT
+  info["simt"] = true;
+#else
+  info["simt"] = false;
+#endif
   return info;
 }
 

@@ -72,7 +72,7 @@ def build_info() -> dict[str, object]:
     """What the package was built with (``*_built`` and what follows them) and what it runs on.
 
     version, torch_built, cuda_built (None: without CUDA), cuda_architectures, python_built,
-    compiler, cxx_standard, instruction_sets, sanitized; torch, cuda, python, instruction_set (of
+    compiler, cxx_standard, instruction_sets, sanitized, simt; torch, cuda, python, instruction_set (of
     the CPU kernels, in use now), threads.
     """
     return {

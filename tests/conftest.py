@@ -36,7 +36,9 @@ def _devices() -> list[str]:
 
 
 def _instruction_sets() -> list[str]:
-    """Those that this CPU has: asking for one that it lacks gives the best it has."""
+    """Those that this CPU has: asking for one that it lacks gives the best it has. CUDA kernels know of none."""
+    if mk.build_info()["simt"]:
+        return [mk.cpu_capability()]
     before = mk.cpu_capability()
     names = [name for name in ("default", "avx2", "avx512") if mk.cpu_capability(name) == name]
     mk.cpu_capability(before)

@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common/checks.h"
+#include "mfac/checks.h"
 #include "mfac/mfac.h"
 
 namespace mfac_kernels {
@@ -28,15 +28,6 @@ struct Ring {
 };
 
 int64_t seen_of(const Tensor& state) { return *static_cast<const int64_t*>(state.const_data_ptr()); }
-
-int64_t check_core(const char* op, const Tensor& factor, const Tensor& state, double shift) {
-  check(factor.dim() == 2 && factor.size(0) > 0, op, ": factor: expected shape (m, m) with m >= 1, got ", shape(factor));
-  const int64_t m = factor.size(0);
-  check_state(op, "factor", factor, ScalarType::Double, {m, m});
-  check_state(op, "state", state, ScalarType::Long, {2});
-  check(shift > 0 && std::isfinite(shift), op, ": shift: expected a positive finite number, got ", shift);
-  return m;
-}
 
 // Appends every gradient in the order of age: O(m^3), the same stable step as an insert.
 void refactor(const double* gram, double* factor, const Ring& ring) {
@@ -79,8 +70,7 @@ Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& stat
 Tensor core_solve(const Tensor& factor, const Tensor& state, const Tensor& b, double shift, bool per_gradient) {
   constexpr const char* op = "core_solve";
   const int64_t m = check_core(op, factor, state, shift);
-  check(b.dim() == 2, op, ": b: expected 2 dimensions, got shape ", shape(b));
-  check_state(op, "b", b, ScalarType::Double, {b.size(0), m});
+  check_core_solve(op, b, m);
   const Ring ring(m, seen_of(state), shift, per_gradient);
   Tensor x = torch::stable::clone(b);
   for (int64_t i = 0; i < b.size(0); ++i)

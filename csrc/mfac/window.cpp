@@ -8,29 +8,15 @@
 #include <optional>
 #include <vector>
 
-#include "common/checks.h"
 #include "common/parallel.h"
 #include "common/tasks.h"
+#include "mfac/checks.h"
 #include "mfac/mfac.h"
 
 namespace mfac_kernels {
 namespace {
 
-struct Rows {
-  char* data;
-  DType dtype;
-  int64_t rows, dim, stride, item;
-
-  Rows(const char* op, const char* name, const Tensor& t)
-      : data(static_cast<char*>(t.data_ptr())),
-        dtype(dtype_of(op, name, t)),
-        rows(t.size(0)),
-        dim(t.size(1)),
-        stride(t.stride(0)),
-        item(static_cast<int64_t>(t.element_size())) {}
-  char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * item; }
-  const WindowKernels& kernels() const { return window_kernels(dtype); }
-};
+const WindowKernels& kernels_of(const Rows& rows) { return window_kernels(rows.dtype); }
 
 // How the columns are cut: into blocks (independent curvature blocks; one block is the usual case), each block into chunks, and the chunks
 // of a block into segments whose sums are added in order. The cut depends on the shape alone, never on the thread count: results are the
@@ -82,16 +68,9 @@ void widen_chunk(const WindowKernels& kernels, const void* src, int64_t n, doubl
 // Vectors per pass: their chunks fill at most half of a common L2 cache.
 constexpr int64_t kMaxVectors = 64;
 
-void check_block_size(const char* op, int64_t block_size) {
-  check(block_size > 0, op, ": block_size: expected at least 1, got ", block_size);
-}
-
 Tensor window_dots(const Tensor& window, const Tensor& x, int64_t block_size) {
   constexpr const char* op = "window_dots";
-  check_rows(op, "window", window);
-  check_rows(op, "x", x);
-  check(x.size(1) == window.size(1), op, ": x: expected ", window.size(1), " columns, as window has, got ", x.size(1));
-  check_block_size(op, block_size);
+  check_window_dots(op, window, x, block_size);
   const Rows g(op, "window", window), v(op, "x", x);
   const Columns columns(g.dim, block_size);
   Tensor dots = torch::stable::new_zeros(window, {columns.blocks, v.rows, g.rows}, ScalarType::Double);
@@ -103,8 +82,8 @@ Tensor window_dots(const Tensor& window, const Tensor& x, int64_t block_size) {
     std::fill(partial.begin(), partial.end(), 0.0);
     columns.for_each_chunk(n, [&](int64_t, int64_t segment, int64_t column, int64_t width) {
       double* chunk = doubles(k * kWindowChunk);
-      for (int64_t i = 0; i < k; ++i) widen_chunk(v.kernels(), v.at(first + i, column), width, chunk + i * kWindowChunk);
-      g.kernels().dots(g.at(0, column), g.stride, g.rows, width, chunk, k, partial.data() + segment * n);
+      for (int64_t i = 0; i < k; ++i) widen_chunk(kernels_of(v), v.at(first + i, column), width, chunk + i * kWindowChunk);
+      kernels_of(g).dots(g.at(0, column), g.stride, g.rows, width, chunk, k, partial.data() + segment * n);
     });
     columns.sum_segments(partial, n, sums.data());
     for (int64_t block = 0; block < columns.blocks; ++block)
@@ -119,26 +98,21 @@ double rounded_square_sum(const Rows& g, const Rows& window) {
   std::vector<double> partial(columns.segments, 0.0);
   columns.for_each_chunk(1, [&](int64_t, int64_t segment, int64_t column, int64_t n) {
     double *chunk = doubles(2 * kWindowChunk), *rounded = chunk + kWindowChunk;
-    g.kernels().widen(g.at(0, column), n, chunk);
-    window.kernels().narrow(chunk, n, rounded);
-    window.kernels().widen(rounded, n, chunk);
+    kernels_of(g).widen(g.at(0, column), n, chunk);
+    kernels_of(window).narrow(chunk, n, rounded);
+    kernels_of(window).widen(rounded, n, chunk);
     double sum = 0;
     for (int64_t j = 0; j < n; ++j) sum += chunk[j] * chunk[j];
     partial[segment] += sum;
   });
-  double sum;
+  double sum = 0;
   columns.sum_segments(partial, 1, &sum);
   return sum;
 }
 
 Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& gradient) {
   constexpr const char* op = "window_insert_";
-  check_rows(op, "window", window);
-  check(window.numel() > 0, op, ": window: expected at least one row and one column, got shape ", shape(window));
-  check_state(op, "state", state, ScalarType::Long, {2});
-  check_shape(op, "g", gradient, {window.size(1)});
-  Tensor row = torch::stable::reshape(gradient, {1, gradient.size(0)});
-  if (row.size(1) > 1 && row.stride(1) != 1) row = torch::stable::contiguous(row);
+  const Tensor row = check_window_insert(op, window, state, gradient);
   const Rows w(op, "window", window), g(op, "g", row);
   Tensor dots = torch::stable::new_empty(window, {w.rows}, ScalarType::Double);
   double* out = static_cast<double*>(dots.mutable_data_ptr());
@@ -155,10 +129,10 @@ Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& g
   // One pass: each chunk of the new row is rounded, stored, and met by every row, itself included.
   columns.for_each_chunk(filled, [&](int64_t, int64_t segment, int64_t column, int64_t n) {
     double* chunk = doubles(kWindowChunk);
-    g.kernels().widen(g.at(0, column), n, chunk);
-    w.kernels().narrow(chunk, n, w.at(slot, column));
-    widen_chunk(w.kernels(), w.at(slot, column), n, chunk);
-    w.kernels().dots(w.at(0, column), w.stride, filled, n, chunk, 1, partial.data() + segment * w.rows);
+    kernels_of(g).widen(g.at(0, column), n, chunk);
+    kernels_of(w).narrow(chunk, n, w.at(slot, column));
+    widen_chunk(kernels_of(w), w.at(slot, column), n, chunk);
+    kernels_of(w).dots(w.at(0, column), w.stride, filled, n, chunk, 1, partial.data() + segment * w.rows);
   });
   columns.sum_segments(partial, w.rows, out);
   return dots;
@@ -167,17 +141,10 @@ Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& g
 Tensor window_combine(const Tensor& window, const Tensor& coefficients, int64_t block_size, double beta, const std::optional<Tensor>& x,
                       double alpha, ScalarType dtype) {
   constexpr const char* op = "window_combine";
-  check_rows(op, "window", window);
-  check_block_size(op, block_size);
+  check_window_combine(op, window, coefficients, block_size, x);
   const Rows g(op, "window", window);
   const Columns columns(g.dim, block_size);
-  check(coefficients.dim() == 3, op, ": coefficients: expected 3 dimensions, got shape ", shape(coefficients));
   const int64_t vectors = coefficients.size(1);
-  check_state(op, "coefficients", coefficients, ScalarType::Double, {columns.blocks, vectors, g.rows});
-  if (x) {
-    check_rows(op, "x", *x);
-    check_shape(op, "x", *x, {vectors, g.dim});
-  }
   const std::optional<Rows> v = x ? std::optional<Rows>(Rows(op, "x", *x)) : std::nullopt;
   Tensor result = torch::stable::new_empty(window, {vectors, g.dim}, dtype);
   const Rows out(op, "dtype", result);
@@ -188,16 +155,16 @@ Tensor window_combine(const Tensor& window, const Tensor& coefficients, int64_t 
       double* y = doubles((k + 1) * kWindowChunk);
       double* input = y + k * kWindowChunk;
       std::fill_n(y, k * kWindowChunk, 0.0);
-      g.kernels().combine(g.at(0, column), g.stride, g.rows, n, weights + (block * vectors + first) * g.rows, k, y);
+      kernels_of(g).combine(g.at(0, column), g.stride, g.rows, n, weights + (block * vectors + first) * g.rows, k, y);
       for (int64_t i = 0; i < k; ++i) {
         double* yi = y + i * kWindowChunk;
         if (v) {
-          v->kernels().widen(v->at(first + i, column), n, input);
+          kernels_of(*v).widen(v->at(first + i, column), n, input);
           for (int64_t j = 0; j < n; ++j) yi[j] = alpha * input[j] + beta * yi[j];
         } else {
           for (int64_t j = 0; j < n; ++j) yi[j] *= beta;
         }
-        out.kernels().narrow(yi, n, out.at(first + i, column));
+        kernels_of(out).narrow(yi, n, out.at(first + i, column));
       }
     });
   }

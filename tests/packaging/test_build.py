@@ -49,6 +49,7 @@ def test_build_info():
         "cxx_standard",
         "instruction_sets",
         "sanitized",
+        "simt",
         "torch",
         "cuda",
         "python",

@@ -1,0 +1,80 @@
+// What the ops of a sliding window expect, on every device.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+
+#include "common/checks.h"
+#include "common/types.h"
+
+namespace mfac_kernels {
+
+// A matrix with contiguous rows
+struct Rows {
+  char* data;
+  DType dtype;
+  int64_t rows, dim, stride, item;
+
+  Rows(const char* op, const char* name, const Tensor& t)
+      : data(static_cast<char*>(t.data_ptr())),
+        dtype(dtype_of(op, name, t)),
+        rows(t.size(0)),
+        dim(t.size(1)),
+        stride(t.stride(0)),
+        item(static_cast<int64_t>(t.element_size())) {}
+  char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * item; }
+};
+
+inline void check_block_size(const char* op, int64_t block_size) {
+  check(block_size > 0, op, ": block_size: expected at least 1, got ", block_size);
+}
+
+inline void check_window_dots(const char* op, const Tensor& window, const Tensor& x, int64_t block_size) {
+  check_rows(op, "window", window);
+  check_rows(op, "x", x);
+  check(x.size(1) == window.size(1), op, ": x: expected ", window.size(1), " columns, as window has, got ", x.size(1));
+  check_block_size(op, block_size);
+}
+
+// Returns g (d) as a contiguous row (1, d).
+inline Tensor check_window_insert(const char* op, const Tensor& window, const Tensor& state, const Tensor& g) {
+  check_rows(op, "window", window);
+  check(window.numel() > 0, op, ": window: expected at least one row and one column, got shape ", shape(window));
+  check_state(op, "state", state, ScalarType::Long, {2});
+  check_shape(op, "g", g, {window.size(1)});
+  const Tensor row = torch::stable::reshape(g, {1, g.size(0)});
+  return row.size(1) > 1 && row.stride(1) != 1 ? torch::stable::contiguous(row) : row;
+}
+
+inline void check_window_combine(const char* op, const Tensor& window, const Tensor& coefficients, int64_t block_size,
+                                 const std::optional<Tensor>& x) {
+  check_rows(op, "window", window);
+  check_block_size(op, block_size);
+  const int64_t dim = window.size(1), blocks = (dim + block_size - 1) / block_size;
+  check(coefficients.dim() == 3, op, ": coefficients: expected 3 dimensions, got shape ", shape(coefficients));
+  check_state(op, "coefficients", coefficients, ScalarType::Double, {blocks, coefficients.size(1), window.size(0)});
+  if (x) {
+    check_rows(op, "x", *x);
+    check_shape(op, "x", *x, {coefficients.size(1), dim});
+  }
+}
+
+// Returns m.
+inline int64_t check_core(const char* op, const Tensor& factor, const Tensor& state, double shift) {
+  check(factor.dim() == 2 && factor.size(0) > 0, op, ": factor: expected shape (m, m) with m >= 1, got ", shape(factor));
+  const int64_t m = factor.size(0);
+  check_state(op, "factor", factor, ScalarType::Double, {m, m});
+  check_state(op, "state", state, ScalarType::Long, {2});
+  check(shift > 0 && std::isfinite(shift), op, ": shift: expected a positive finite number, got ", shift);
+  return m;
+}
+
+// b (k, m)
+inline void check_core_solve(const char* op, const Tensor& b, int64_t m) {
+  check(b.dim() == 2, op, ": b: expected 2 dimensions, got shape ", shape(b));
+  check_state(op, "b", b, ScalarType::Double, {b.size(0), m});
+}
+
+}  // namespace mfac_kernels

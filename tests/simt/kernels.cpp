@@ -1,0 +1,69 @@
+// Sums rows of a matrix under the SIMT shim, rightly or with a fault planted:   kernels FAULT ORDER
+// Prints "right", "wrong", or "error: " and what the shim says.
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "common/launch.h"
+
+using namespace mfac_kernels;
+
+namespace {
+
+enum class Fault { none, missing_barrier, ragged_end, unwritten_output, wrong_mask, shared_read, shared_write, divergent_barrier };
+constexpr const char* kNames[] = {"none",       "missing_barrier", "ragged_end",   "unwritten_output",
+                                  "wrong_mask", "shared_read",     "shared_write", "divergent_barrier"};
+
+constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
+
+// out[row] = sum of x[row, :n], a block per row
+template <Fault fault>
+__global__ void sum_rows(const float* x, int64_t n, int64_t stride, float* out) {
+  MFAC_SHARED(float, sums, kWarps);
+  MFAC_DYNAMIC_SHARED(float, first);
+  const int thread = static_cast<int>(threadIdx.x);
+  const float* row = x + blockIdx.x * stride;
+  float sum = 0;
+  for (int64_t i = thread; i < n + (fault == Fault::ragged_end); i += kThreads) sum += row[i];
+  if (fault == Fault::divergent_barrier && thread < 40) __syncthreads();
+  if (fault == Fault::wrong_mask) sum += 0 * __shfl_xor_sync(0xffffu, sum, 1);
+  sum = warp_sum(sum);
+  if (lane_of_thread() == 0) sums[warp_of_thread()] = sum;
+  if (thread == 0) *(&first[0] + (fault == Fault::shared_write)) = sum;  // a raw pointer, whose bounds nobody checks at the access
+  if (fault != Fault::missing_barrier) __syncthreads();
+  if (thread > 0) return;
+  sum = first[0];
+  for (int w = 1; w < kWarps + (fault == Fault::shared_read); ++w) sum += sums[w];
+  if (fault != Fault::unwritten_output || blockIdx.x > 0) out[blockIdx.x] = sum;
+}
+
+template <Fault fault>
+bool is_right() {
+  constexpr int64_t kRows = 3, kColumns = 301, kStride = 302;
+  std::vector<float> x(kRows * kStride, 1e9f), out(kRows, NAN);
+  for (int64_t r = 0; r < kRows; ++r)
+    for (int64_t c = 0; c < kColumns; ++c) x[r * kStride + c] = static_cast<float>(r + c);
+  (void)launch(sum_rows<fault>, dim3(kRows), dim3(kThreads), sizeof(float), nullptr, x.data(), kColumns, kStride, out.data());
+  for (int64_t r = 0; r < kRows; ++r)
+    if (out[r] != static_cast<float>(r * kColumns + kColumns * (kColumns - 1) / 2)) return false;
+  return true;
+}
+
+template <int... i>
+bool run(const std::string& name, std::integer_sequence<int, i...>) {
+  bool right = false;
+  ((name == kNames[i] ? void(right = is_right<static_cast<Fault>(i)>()) : void()), ...);
+  return right;
+}
+
+}  // namespace
+
+int main(int, char** argv) {
+  const std::string order = argv[2];
+  simt::set_order(order == "forward" ? simt::Order::forward : order == "reverse" ? simt::Order::reverse : simt::Order::random);
+  try {
+    std::puts(run(argv[1], std::make_integer_sequence<int, std::size(kNames)>()) ? "right" : "wrong");
+  } catch (const simt::Error& error) {
+    std::printf("error: %s\n", error.what());
+  }
+}
