@@ -65,8 +65,8 @@ void widen_chunk(const WindowKernels& kernels, const void* src, int64_t n, doubl
   std::fill(out + n, out + kWindowChunk, 0.0);
 }
 
-// Vectors per pass: their chunks fill at most half of a common L2 cache.
-constexpr int64_t kMaxVectors = 64;
+// Vectors per pass: their chunks, 64 KiB each, fill half of a 2 MiB L2 cache.
+constexpr int64_t kMaxVectors = 16;
 
 Tensor window_dots(const Tensor& window, const Tensor& x, int64_t block_size) {
   constexpr const char* op = "window_dots";
