@@ -104,15 +104,16 @@ def test_core(race, m):
     dots = rows @ rows.mT
     gram, factor = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
     state, shift = torch.zeros(2, dtype=torch.int64), m * DAMPING
+    # The stream of gradients repeats after 3 m: by_slot[t, s] is what the t-th meets in slot s.
+    times = torch.arange(3 * m)[:, None]
+    held_at = times - (times - torch.arange(m)) % m
+    by_slot = dots[times, held_at % (3 * m)]
     step = 0
 
     def insert() -> Tensor:
         nonlocal step
-        slots = torch.arange(step - m + 1, step + 1)
-        by_slot = torch.empty(m, dtype=torch.float64)
-        by_slot[slots % m] = dots[step % (3 * m), slots % (3 * m)]
         step += 1
-        return ops.core_insert_(gram, factor, state, by_slot, shift, False)
+        return ops.core_insert_(gram, factor, state, by_slot[(step - 1) % (3 * m)], shift, False)
 
     for _ in range(m + m // 2):
         newest = insert()
