@@ -10,7 +10,6 @@ typedef double f64v __attribute__((vector_size(MFAC_VECTOR_BYTES)));
 typedef float f32v __attribute__((vector_size(MFAC_VECTOR_BYTES)));
 typedef float f32h __attribute__((vector_size(MFAC_VECTOR_BYTES / 2)));
 typedef uint32_t u32h __attribute__((vector_size(MFAC_VECTOR_BYTES / 2)));
-typedef int32_t i32h __attribute__((vector_size(MFAC_VECTOR_BYTES / 2)));
 typedef uint16_t u16q __attribute__((vector_size(MFAC_VECTOR_BYTES / 4)));
 
 // memcpy is the portable unaligned load; it compiles to one move.
@@ -38,9 +37,6 @@ MFAC_INLINE To bit_cast(From from) {
   __builtin_memcpy(&to, &from, sizeof(To));
   return to;
 }
-
-MFAC_INLINE f64v broadcast(double x) { return x - f64v{}; }
-MFAC_INLINE f32v broadcast32(float x) { return x - f32v{}; }
 
 // The same by scalar type, for kernels that exist in float32 and in float64.
 template <class S>

@@ -8,7 +8,7 @@ from typing import SupportsFloat, SupportsIndex
 import torch
 from torch import Tensor
 
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+from mfac_kernels.ops._checks import FLOATS
 
 
 def _int(name: str, value: object) -> int:
