@@ -21,4 +21,12 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
   m.def("block_gram(Tensor g, int block_size) -> Tensor");
   m.def("inverse_diagonal(Tensor g, Tensor transform, float damping) -> Tensor");
   m.def("block_inverse(Tensor g, int block_size, float damping, float count) -> (Tensor inverse, Tensor info)");
+
+  // Batches of symmetric positive definite blocks (..., n, n), any strides, of which the lower triangle is read. damping: float64 and
+  // contiguous, a value per block or one for the batch. Returns info, int32: a code per block, batch after batch (lists of tensors cannot
+  // be returned by an op that writes to its arguments: torch.compile refuses it). only, like info: blocks whose entry is 0 are skipped,
+  // what out holds of them stays and their info is 0.
+  m.def("cholesky_inverse_(Tensor(a!)[] out, Tensor[] blocks, Tensor[] damping, Tensor? only=None) -> Tensor");
+  m.def("cholesky_factor_(Tensor(a!)[] out, Tensor[] blocks, Tensor[] damping, Tensor? only=None) -> Tensor");
+  m.def("cholesky_solve_(Tensor(a!)[] x, Tensor[] factors) -> ()");
 }
