@@ -1,0 +1,147 @@
+// What the ops of Kronecker factors expect, on every device.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <vector>
+
+#include "common/checks.h"
+#include "kronecker/patches.h"
+
+namespace mfac_kernels {
+
+// The type of sums of products of x.
+inline ScalarType accumulator_of(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+inline void check_scales(const char* op, double beta, double alpha) {
+  check(std::isfinite(beta), op, ": beta: expected a finite number, got ", beta);
+  check(std::isfinite(alpha), op, ": alpha: expected a finite number, got ", alpha);
+}
+
+inline int32_t* check_refused(const char* op, const std::optional<Tensor>& refused) {
+  if (!refused) return nullptr;
+  check_state(op, "refused", *refused, ScalarType::Int, {1});
+  return static_cast<int32_t*>(refused->mutable_data_ptr());
+}
+
+// The factor of `groups` groups of `columns` columns and a bias each.
+inline Factor check_factor(const char* op, const Tensor& factor, DType x, int64_t groups, int64_t columns, bool bias) {
+  const ScalarType dtype = accumulator_of(x);
+  const int64_t features = columns + bias;
+  if (groups > 1) {
+    check_state(op, "factor", factor, dtype, {groups, features, features});
+  } else if (factor.dim() == 3) {
+    const int64_t size = factor.size(1), blocks = size > 0 ? (features + size - 1) / size : 0;
+    check(size > 0, op, ": factor: expected blocks of at least one row, got shape ", shape(factor));
+    check_state(op, "factor", factor, dtype, {blocks, size, size});
+  } else {
+    check_state(op, "factor", factor, dtype, {features, features});
+  }
+  const bool dense = factor.dim() == 2;
+  return {factor.mutable_data_ptr(),
+          x == DType::f64 ? DType::f64 : DType::f32,
+          groups,
+          dense ? 1 : factor.size(0),
+          dense ? features : factor.size(1),
+          features,
+          bias};
+}
+
+// The rows of x (..., D), its leading dimensions merged where strides allow. x is replaced by a contiguous copy if more than four remain.
+inline Patches check_matrix(const char* op, const char* name, Tensor& x) {
+  check(x.dim() > 0, op, ": ", name, ": expected at least 1 dimension, got shape ", shape(x));
+  Patches rows;
+  rows.dtype = dtype_of(op, name, x);
+  const auto merge = [&rows](const Tensor& t) {  // innermost first, into axes[2], axes[1], axes[0], samples
+    int64_t sizes[Patches::kAxes + 1] = {1, 1, 1, 1}, steps[Patches::kAxes + 1] = {};
+    int filled = 0;
+    for (int64_t i = t.dim() - 2; i >= 0; --i) {
+      if (t.size(i) == 1) continue;
+      if (filled > 0 && t.stride(i) == sizes[filled - 1] * steps[filled - 1]) {
+        sizes[filled - 1] *= t.size(i);
+        continue;
+      }
+      if (filled > Patches::kAxes) return false;
+      sizes[filled] = t.size(i);
+      steps[filled++] = t.stride(i);
+    }
+    for (int a = 0; a < Patches::kAxes; ++a) {
+      Axis& axis = rows.axes[Patches::kAxes - 1 - a];
+      axis.size = axis.outputs = sizes[a];
+      axis.step = steps[a];
+    }
+    rows.samples = sizes[Patches::kAxes];
+    rows.sample_step = steps[Patches::kAxes];
+    return true;
+  };
+  if (!merge(x)) {
+    x = torch::stable::contiguous(x);
+    merge(x);
+  }
+  rows.data = x.const_data_ptr();
+  rows.channels = x.size(x.dim() - 1);
+  rows.channel_step = x.stride(x.dim() - 1);
+  return rows;
+}
+
+// One weight per row of x (..., D), in the order of the rows; of the factor's type. Returns them contiguous.
+inline std::optional<Tensor> check_weights(const char* op, const std::optional<Tensor>& weights, const Tensor& x, DType dtype) {
+  if (!weights) return std::nullopt;
+  const ScalarType expected = accumulator_of(dtype);
+  check(weights->scalar_type() == expected, op, ": weights: expected ", torch::headeronly::toString(expected), ", got ",
+        torch::headeronly::toString(weights->scalar_type()));
+  bool same = weights->dim() == x.dim() - 1;
+  for (int64_t i = 0; same && i < weights->dim(); ++i) same = weights->size(i) == x.size(i);
+  check(same, op, ": weights: expected the leading shape of x, got ", shape(*weights), " for x of shape ", shape(x));
+  return torch::stable::contiguous(*weights);
+}
+
+inline void check_list(const char* op, const char* name, const std::vector<int64_t>& list, int64_t count, int64_t least) {
+  check(static_cast<int64_t>(list.size()) == count, op, ": ", name, ": expected ", count, " numbers, got ", list.size());
+  for (int64_t value : list) check(value >= least, op, ": ", name, ": expected at least ", least, ", got ", value);
+}
+
+// The patches of x (N, C, spatial...).
+inline Patches check_conv(const char* op, const Tensor& x, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
+                          const std::vector<int64_t>& padding_before, const std::vector<int64_t>& padding_after,
+                          const std::vector<int64_t>& dilation, int64_t groups) {
+  check(x.dim() >= 3 && x.dim() <= 2 + Patches::kAxes, op, ": x: expected 3 to 5 dimensions, got shape ", shape(x));
+  Patches patches;
+  patches.dtype = dtype_of(op, "x", x);
+  const int64_t spatial = x.dim() - 2;
+  check_list(op, "kernel_size", kernel_size, spatial, 1);
+  check_list(op, "stride", stride, spatial, 1);
+  check_list(op, "padding_before", padding_before, spatial, 0);
+  check_list(op, "padding_after", padding_after, spatial, 0);
+  check_list(op, "dilation", dilation, spatial, 1);
+  patches.data = x.const_data_ptr();
+  patches.samples = x.size(0);
+  patches.channels = x.size(1);
+  patches.sample_step = x.stride(0);
+  patches.channel_step = x.stride(1);
+  check(groups > 0 && patches.channels % groups == 0, op, ": groups: expected a divisor of ", patches.channels, " channels, got ", groups);
+  for (int64_t i = 0; i < spatial; ++i) {
+    Axis& axis = patches.axes[Patches::kAxes - spatial + i];
+    axis = {x.size(2 + i), 1, kernel_size[i], stride[i], padding_before[i], dilation[i], x.stride(2 + i)};
+    const int64_t padded = axis.size + padding_before[i] + padding_after[i], reach = axis.dilation * (axis.kernel - 1) + 1;
+    check(padded >= reach, op, ": kernel_size: expected a kernel that fits into the padded input, got one of extent ", reach, " for ",
+          padded, " in dimension ", 2 + i);
+    axis.outputs = (padded - reach) / axis.stride + 1;
+  }
+  return patches;
+}
+
+// counts (n), float32 or float64; indices of any shape, int32 or int64. Returns them contiguous.
+inline Tensor check_embedding(const char* op, const Tensor& counts, const Tensor& indices) {
+  check(counts.scalar_type() == ScalarType::Float || counts.scalar_type() == ScalarType::Double, op,
+        ": counts: expected float32 or float64, got ", torch::headeronly::toString(counts.scalar_type()));
+  check(counts.dim() == 1, op, ": counts: expected 1 dimension, got shape ", shape(counts));
+  check(counts.is_contiguous(), op, ": counts: expected a contiguous tensor");
+  check(indices.scalar_type() == ScalarType::Int || indices.scalar_type() == ScalarType::Long, op,
+        ": indices: expected int32 or int64, got ", torch::headeronly::toString(indices.scalar_type()));
+  return torch::stable::contiguous(indices);
+}
+
+}  // namespace mfac_kernels
