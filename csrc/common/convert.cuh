@@ -74,5 +74,11 @@ __device__ __forceinline__ Pack<T, n> load_pack(const T* p) {
   }
   return pack;
 }
+#if defined(MFAC_KERNELS_SIMT)
+template <class T, int n>
+Pack<T, n> load_pack(Shared<T> p, simt::Location where = simt::Location::current()) {
+  return load_pack<T, n>(p.together(n, where));
+}
+#endif
 
 }  // namespace mfac_kernels

@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <exception>
 #include <map>
@@ -14,7 +15,10 @@
 #include <string_view>
 #include <vector>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) && !defined(MFAC_KERNELS_SIMT_UCONTEXT)
+#define MFAC_KERNELS_SIMT_UCONTEXT  // the portable switch; slower, as it saves the signal mask with a system call
+#endif
+#if defined(MFAC_KERNELS_SIMT_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -25,7 +29,7 @@ namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 
-#if defined(__x86_64__)
+#if !defined(MFAC_KERNELS_SIMT_UCONTEXT)
 
 using Context = void*;  // a stack pointer; what calls preserve is on the stack
 
@@ -125,6 +129,13 @@ class Arena {
 
 enum class State { ready, at_block_barrier, at_warp_barrier, done };
 
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, valid;
+  int64_t group;
+};
+
 struct Thread {
   Context context;
   uint3 index;
@@ -134,6 +145,11 @@ struct Thread {
   Collective collective;
   unsigned mask, source;
   uint64_t value, result;
+  WarpWork work;
+  void* data;
+  // asynchronous copies, oldest first, and how many groups of them are closed
+  std::vector<Copy> copies;
+  int64_t groups;
 };
 
 struct Block {
@@ -182,8 +198,22 @@ void open_block_barrier() {
 // here before another one runs.
 bool complete_collective(Thread* lanes, unsigned mask, unsigned live) {
   const unsigned wanted = mask & live;
-  for (unsigned l = 0; l < kWarpSize; ++l)
-    if (wanted >> l & 1 && !(lanes[l].state == State::at_warp_barrier && lanes[l].mask == mask)) return false;
+  for (unsigned l = 0; l < kWarpSize; ++l) {
+    if (!(wanted >> l & 1)) continue;
+    if (!(lanes[l].state == State::at_warp_barrier && lanes[l].mask == mask)) return false;
+    if (lanes[l].collective == Collective::whole_warp && live != ~0u)
+      throw Error(
+          describe(*running, lanes[l], "an operation of the whole warp, of which lanes have returned or do not exist", lanes[l].where));
+  }
+  if (lanes[std::countr_zero(wanted)].collective == Collective::whole_warp) {
+    void* data[kWarpSize];
+    for (unsigned l = 0; l < kWarpSize; ++l) {
+      data[l] = lanes[l].data;
+      lanes[l].state = State::ready;
+    }
+    lanes[0].work(data);
+    return true;
+  }
   uint64_t ballot = 0;
   for (unsigned l = 0; l < kWarpSize; ++l)
     if (wanted >> l & 1) ballot |= uint64_t(lanes[l].value != 0) << l;
@@ -363,6 +393,33 @@ uint64_t meet_warp(Collective collective, unsigned mask, uint64_t value, unsigne
   self.state = State::at_warp_barrier;
   if (!complete_collective(lanes, mask, running->live_lanes[warp])) give_way();
   return self.result;
+}
+
+void meet_whole_warp(WarpWork work, void* data, Location where) {
+  Thread& self = *running->current;
+  self.work = work;
+  self.data = data;
+  meet_warp(Collective::whole_warp, ~0u, 0, 0, where);
+}
+
+void copy_async(void* to, const void* from, size_t bytes, size_t valid, Location where) {
+  if (valid > bytes) fail("an asynchronous copy of more bytes than its size", where);
+  if (reinterpret_cast<uintptr_t>(from) % bytes != 0) fail("an asynchronous copy from an address that is no multiple of its size", where);
+  std::memset(to, 0xff, bytes);
+  Thread& self = *running->current;
+  self.copies.push_back({to, from, bytes, valid, self.groups});
+}
+
+void commit_copies() { ++running->current->groups; }
+
+void wait_for_copies(int64_t pending) {
+  Thread& self = *running->current;
+  const auto first_left = std::ranges::find_if(self.copies, [&](const Copy& copy) { return copy.group >= self.groups - pending; });
+  for (const Copy& copy : std::ranges::subrange(self.copies.begin(), first_left)) {
+    std::memset(copy.to, 0, copy.bytes);
+    if (copy.valid > 0) std::memcpy(copy.to, copy.from, copy.valid);
+  }
+  self.copies.erase(self.copies.begin(), first_left);
 }
 
 int meet_block(bool predicate, Location where) {

@@ -6,7 +6,9 @@
 //   - shared memory is filled with NaN before each block, bounds are checked at every access through Shared<T>, guard bytes around each
 //     array are checked when a block ends;
 //   - a barrier or a shuffle that can never complete, and one that threads reach at different lines or with different masks, is an Error
-//     that names the block, the thread and the line, as is a shuffle that reads from a lane outside its mask.
+//     that names the block, the thread and the line, as is a shuffle that reads from a lane outside its mask, and an operation of whole
+//     warps (mma.cuh) that some lanes of the warp do not reach;
+//   - an asynchronous copy (async_copy.cuh) lands at the wait that covers it, and not before.
 // It cannot see races between two barriers that every order hides, out-of-bounds global memory, occupancy or speed.
 #pragma once
 #include <algorithm>
@@ -79,8 +81,18 @@ const dim3& grid_size();
 [[noreturn]] void fail(const char* what, Location where);
 
 // What the lanes of a warp do together: each gives a value, and gets that of lane `source` or, from a vote, the mask of non-zero values.
-enum class Collective { sync, shuffle, vote };
+enum class Collective { sync, shuffle, vote, whole_warp };
 uint64_t meet_warp(Collective, unsigned mask, uint64_t value, unsigned source, Location where);
+// What all 32 lanes do together: `work` is called once, with the `data` of each.
+using WarpWork = void (*)(void* const* lanes);
+void meet_whole_warp(WarpWork work, void* data, Location where);
+
+// `bytes` from global to shared memory, zeros after the first `valid` of them: NaN until wait_for_copies lands the groups that this thread
+// has committed, all but the newest `pending`.
+void copy_async(void* to, const void* from, size_t bytes, size_t valid, Location where);
+void commit_copies();
+void wait_for_copies(int64_t pending);
+
 // Waits for the block; returns how many of its threads gave a true predicate.
 int meet_block(bool predicate, Location where);
 unsigned lane();
@@ -96,6 +108,13 @@ class Shared {
     Shared moved = *this;
     moved.at_ += n;
     return moved;
+  }
+  // n elements that one instruction reads or writes
+  T* together(int64_t n, Location where) const {
+    if (at_ < begin_ || at_ + n > end_) fail("shared memory accessed out of bounds", where);
+    if (reinterpret_cast<uintptr_t>(at_) % (n * sizeof(T)) != 0)
+      fail("shared memory accessed at an address that is no multiple of the size", where);
+    return at_;
   }
 
  private:

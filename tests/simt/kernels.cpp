@@ -1,18 +1,14 @@
-// Sums rows of a matrix under the SIMT shim, rightly or with a fault planted:   kernels FAULT ORDER
-// Prints "right", "wrong", or "error: " and what the shim says.
-#include <cstdio>
-#include <string>
+// Sums rows of a matrix under the SIMT shim, rightly or with a fault planted.
 #include <vector>
 
 #include "common/launch.h"
+#include "program.h"
 
 using namespace mfac_kernels;
 
 namespace {
 
 enum class Fault { none, missing_barrier, ragged_end, unwritten_output, wrong_mask, shared_read, shared_write, divergent_barrier };
-constexpr const char* kNames[] = {"none",       "missing_barrier", "ragged_end",   "unwritten_output",
-                                  "wrong_mask", "shared_read",     "shared_write", "divergent_barrier"};
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
 
@@ -49,21 +45,15 @@ bool is_right() {
   return true;
 }
 
-template <int... i>
-bool run(const std::string& name, std::integer_sequence<int, i...>) {
-  bool right = false;
-  ((name == kNames[i] ? void(right = is_right<static_cast<Fault>(i)>()) : void()), ...);
-  return right;
-}
-
 }  // namespace
 
 int main(int, char** argv) {
-  const std::string order = argv[2];
-  simt::set_order(order == "forward" ? simt::Order::forward : order == "reverse" ? simt::Order::reverse : simt::Order::random);
-  try {
-    std::puts(run(argv[1], std::make_integer_sequence<int, std::size(kNames)>()) ? "right" : "wrong");
-  } catch (const simt::Error& error) {
-    std::printf("error: %s\n", error.what());
-  }
+  return run(argv, {{"none", is_right<Fault::none>},
+                    {"missing_barrier", is_right<Fault::missing_barrier>},
+                    {"ragged_end", is_right<Fault::ragged_end>},
+                    {"unwritten_output", is_right<Fault::unwritten_output>},
+                    {"wrong_mask", is_right<Fault::wrong_mask>},
+                    {"shared_read", is_right<Fault::shared_read>},
+                    {"shared_write", is_right<Fault::shared_write>},
+                    {"divergent_barrier", is_right<Fault::divergent_barrier>}});
 }
