@@ -23,23 +23,23 @@ def check(condition: bool, message: str) -> None:
     torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
 
 
-def _shape(shape: Sequence[int]) -> str:
+def shape_text(shape: Sequence[int]) -> str:
     return f"({', '.join(map(str, shape))}{',)' if len(shape) == 1 else ')'}"
 
 
-def _name(dtype: torch.dtype) -> str:
+def type_text(dtype: torch.dtype) -> str:
     return _NAMES.get(dtype, str(dtype))
 
 
 def check_dtype(op: str, name: str, t: Tensor) -> None:
     check(
         t.dtype in FLOATS,
-        f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {_name(t.dtype)}",
+        f"{op}: {name}: expected float32, float64, bfloat16 or float16, got {type_text(t.dtype)}",
     )
 
 
 def check_rows(op: str, name: str, t: Tensor) -> None:
-    check(t.dim() == 2, f"{op}: {name}: expected 2 dimensions, got shape {_shape(t.shape)}")
+    check(t.dim() == 2, f"{op}: {name}: expected 2 dimensions, got shape {shape_text(t.shape)}")
     check(
         t.shape[1] <= 1 or t.stride(1) == 1,
         f"{op}: {name}: expected contiguous rows, got stride {t.stride(1)}",
@@ -50,14 +50,14 @@ def check_rows(op: str, name: str, t: Tensor) -> None:
 def check_shape(op: str, name: str, t: Tensor, expected: Sequence[int]) -> None:
     check(
         tuple(t.shape) == tuple(expected),
-        f"{op}: {name}: expected shape {_shape(expected)}, got {_shape(t.shape)}",
+        f"{op}: {name}: expected shape {shape_text(expected)}, got {shape_text(t.shape)}",
     )
 
 
 def check_state(op: str, name: str, t: Tensor, dtype: torch.dtype, expected: Sequence[int]) -> None:
     check(
         t.dtype == dtype,
-        f"{op}: {name}: expected {_name(dtype)}, got {_name(t.dtype)}",
+        f"{op}: {name}: expected {type_text(dtype)}, got {type_text(t.dtype)}",
     )
     check_shape(op, name, t, expected)
     check(t.is_contiguous(), f"{op}: {name}: expected a contiguous tensor")

@@ -1,0 +1,162 @@
+"""The checks of csrc/kronecker/checks.h, in the same words, as fake implementations of the ops of Kronecker factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import mfac_kernels._library  # noqa: F401  (the ops must exist)
+from mfac_kernels.ops._checks import check, check_dtype, check_state, shape_text, type_text
+
+
+def accumulator(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check_scales(op: str, beta: float, alpha: float) -> None:
+    check(math.isfinite(beta), f"{op}: beta: expected a finite number, got {beta:g}")
+    check(math.isfinite(alpha), f"{op}: alpha: expected a finite number, got {alpha:g}")
+
+
+def _check_refused(op: str, refused: Tensor | None) -> None:
+    if refused is not None:
+        check_state(op, "refused", refused, torch.int32, (1,))
+
+
+def check_factor(op: str, factor: Tensor, x: Tensor, groups: int, columns: int, bias: bool) -> None:
+    dtype, features = accumulator(x), columns + bias
+    if groups > 1:
+        check_state(op, "factor", factor, dtype, (groups, features, features))
+    elif factor.dim() == 3:
+        size = factor.shape[1]
+        check(size > 0, f"{op}: factor: expected blocks of at least one row, got shape {shape_text(factor.shape)}")
+        check_state(op, "factor", factor, dtype, (-(-features // size), size, size))
+    else:
+        check_state(op, "factor", factor, dtype, (features, features))
+
+
+def _check_matrix(op: str, name: str, x: Tensor) -> None:
+    check(x.dim() > 0, f"{op}: {name}: expected at least 1 dimension, got shape {shape_text(x.shape)}")
+    check_dtype(op, name, x)
+
+
+def _check_weights(op: str, weights: Tensor | None, x: Tensor) -> None:
+    if weights is None:
+        return
+    expected = accumulator(x)
+    check(weights.dtype == expected, f"{op}: weights: expected {type_text(expected)}, got {type_text(weights.dtype)}")
+    check(
+        weights.shape == x.shape[:-1],
+        f"{op}: weights: expected the leading shape of x, got {shape_text(weights.shape)} for x of shape "
+        f"{shape_text(x.shape)}",
+    )
+
+
+def check_list(op: str, name: str, values: Sequence[int], count: int, least: int) -> None:
+    check(len(values) == count, f"{op}: {name}: expected {count} numbers, got {len(values)}")
+    for value in values:
+        check(value >= least, f"{op}: {name}: expected at least {least}, got {value}")
+
+
+def check_conv(
+    op: str,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding_before: Sequence[int],
+    padding_after: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    check(3 <= x.dim() <= 5, f"{op}: x: expected 3 to 5 dimensions, got shape {shape_text(x.shape)}")
+    check_dtype(op, "x", x)
+    spatial = x.dim() - 2
+    check_list(op, "kernel_size", kernel_size, spatial, 1)
+    check_list(op, "stride", stride, spatial, 1)
+    check_list(op, "padding_before", padding_before, spatial, 0)
+    check_list(op, "padding_after", padding_after, spatial, 0)
+    check_list(op, "dilation", dilation, spatial, 1)
+    channels = x.shape[1]
+    check(
+        groups > 0 and channels % groups == 0,
+        f"{op}: groups: expected a divisor of {channels} channels, got {groups}",
+    )
+    for i in range(spatial):
+        padded = x.shape[2 + i] + padding_before[i] + padding_after[i]
+        reach = dilation[i] * (kernel_size[i] - 1) + 1
+        check(
+            padded >= reach,
+            f"{op}: kernel_size: expected a kernel that fits into the padded input, got one of extent {reach} for "
+            f"{padded} in dimension {2 + i}",
+        )
+
+
+@torch.library.register_fake("mfac_kernels::linear_factor_")
+def _(
+    factor: Tensor,
+    x: Tensor,
+    weights: Tensor | None,
+    bias: bool,
+    beta: float,
+    alpha: float,
+    refused: Tensor | None,
+) -> None:
+    op = "linear_factor_"
+    _check_matrix(op, "x", x)
+    check_factor(op, factor, x, 1, x.shape[-1], bias)
+    _check_weights(op, weights, x)
+    _check_scales(op, beta, alpha)
+    _check_refused(op, refused)
+
+
+@torch.library.register_fake("mfac_kernels::conv_factor_")
+def _(
+    factor: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding_before: Sequence[int],
+    padding_after: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+    sua: bool,
+    reduce: bool,
+    beta: float,
+    alpha: float,
+    refused: Tensor | None,
+) -> None:
+    op = "conv_factor_"
+    check_conv(op, x, kernel_size, stride, padding_before, padding_after, dilation, groups)
+    offsets = 1 if sua else math.prod(kernel_size)
+    check_factor(op, factor, x, groups, x.shape[1] // groups * offsets, bias)
+    _check_scales(op, beta, alpha)
+    _check_refused(op, refused)
+
+
+@torch.library.register_fake("mfac_kernels::embedding_factor_")
+def _(counts: Tensor, indices: Tensor, padding_idx: int | None, beta: float, alpha: float) -> None:
+    op = "embedding_factor_"
+    check(
+        counts.dtype in (torch.float32, torch.float64),
+        f"{op}: counts: expected float32 or float64, got {type_text(counts.dtype)}",
+    )
+    check(counts.dim() == 1, f"{op}: counts: expected 1 dimension, got shape {shape_text(counts.shape)}")
+    check(counts.is_contiguous(), f"{op}: counts: expected a contiguous tensor")
+    check(
+        indices.dtype in (torch.int32, torch.int64),
+        f"{op}: indices: expected int32 or int64, got {type_text(indices.dtype)}",
+    )
+    _check_scales(op, beta, alpha)
+
+
+@torch.library.register_fake("mfac_kernels::cross_factor")
+def _(x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+    op = "cross_factor"
+    _check_matrix(op, "x", x)
+    _check_matrix(op, "y", y)
+    _check_weights(op, weights, x)
+    return x.new_empty(x.shape[-1], y.shape[-1], dtype=accumulator(x))

@@ -1,0 +1,222 @@
+"""Kronecker factors accumulated in place: ``factor <- beta * factor + alpha * sum_r w_r row_r row_r^T``.
+
+The rows are those of a linear layer's inputs or the patches of a convolution, straight from the activations: no im2col,
+no transposed copy, no column of ones, half of a matrix product's flops. ``beta`` and ``alpha`` are those of
+``torch.addmm``; with ``beta=0`` the factor is not read. What comes out is exactly symmetric.
+
+Factors are float32, or float64 for float64 rows; 16-bit rows are multiplied in float32. A factor is dense (D, D) or, to
+keep only its block diagonal, (g, s, s) with g = ceil(D / s): the rows and columns of the last block past D are zero.
+
+``check_finite=True`` looks for NaN and Inf while reading: such a batch leaves the factor as it is and the flag that is
+returned, int32 (1,) on the factor's device, becomes 1. Pass a flag of your own to collect several calls in one: it is
+set, never cleared. Nothing synchronises with the device.
+
+Sources: Grosse, Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016; Laurent et
+al., "An evaluation of Fisher approximations beyond Kronecker factorization", ICLR workshop 2018 (spatially uncorrelated
+activations, channel groups); Eschenhagen et al., "Kronecker-factored approximate curvature for modern neural network
+architectures", NeurIPS 2023 (expand, reduce).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import mfac_kernels.ops._kronecker_fakes  # noqa: F401  (loads the ops)
+from mfac_kernels.ops._checks import check
+
+__all__ = [
+    "conv1d_factor_",
+    "conv2d_factor_",
+    "conv3d_factor_",
+    "cross_factor",
+    "embedding_factor_",
+    "linear_factor_",
+]
+
+_ops = torch.ops.mfac_kernels
+
+Sizes = int | Sequence[int]
+
+
+def linear_factor_(
+    factor: Tensor,
+    x: Tensor,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    bias: bool = False,
+    weights: Tensor | None = None,
+    check_finite: bool | Tensor = False,
+) -> Tensor | None:
+    """Rows are the last dimension of x (..., D), any strides; ``bias`` appends a 1 to each.
+
+    weights (...): one for each row. factor: (D + bias, D + bias), or its block diagonal (g, s, s).
+    """
+    flag = _flag(factor, check_finite)
+    _ops.linear_factor_(factor, x, weights, bias, beta, alpha, flag)
+    return flag
+
+
+def conv1d_factor_(
+    factor: Tensor,
+    x: Tensor,
+    kernel_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    bias: bool = False,
+    spatial: str = "full",
+    approximation: str = "expand",
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    check_finite: bool | Tensor = False,
+    algorithm: str = "auto",
+) -> Tensor | None:
+    """:func:`conv2d_factor_` of x (N, C, L)."""
+    geometry = _geometry("conv1d_factor_", 1, kernel_size, stride, padding, dilation)
+    return _conv_factor_(
+        "conv1d_factor_",
+        factor, x, geometry, groups, bias, spatial, approximation, beta, alpha, check_finite, algorithm,
+    )  # fmt: skip
+
+
+def conv2d_factor_(
+    factor: Tensor,
+    x: Tensor,
+    kernel_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    bias: bool = False,
+    spatial: str = "full",
+    approximation: str = "expand",
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    check_finite: bool | Tensor = False,
+    algorithm: str = "auto",
+) -> Tensor | None:
+    """Rows are the patches of x (N, C, H, W), of any strides, in the order of ``weight.flatten(1)``.
+
+    The geometry is that of ``torch.nn.Conv2d``. A patch's columns are (channel, kh, kw) and, with ``bias``, a 1:
+    with k the number of offsets of the kernel, the factor is (C k + bias)^2 or its block diagonal (g, s, s); with ``groups`` it is
+    (groups, C / groups k + bias, ...), one for each group. ``kernel_size=1`` gives the factor of the output gradients.
+
+    spatial: ``"full"``; or ``"sua"``: pixels of one patch are taken for uncorrelated, (C + bias)^2, the Frobenius
+        projection of the full factor onto I (x) C: the mean over the offsets of its diagonal blocks (each with the bias
+        column). Right at any stride, padding and dilation.
+    approximation: ``"expand"``, a row for each output position; or ``"reduce"``, one for each sample, the sum of its patches.
+    algorithm: ``"tiles"`` for any geometry; ``"lags"`` and ``"fft"`` for stride 1, full, expand, see
+        :mod:`mfac_kernels.ops.conv_lags`; ``"auto"`` picks the fastest that is exact enough.
+    """
+    geometry = _geometry("conv2d_factor_", 2, kernel_size, stride, padding, dilation)
+    return _conv_factor_(
+        "conv2d_factor_",
+        factor, x, geometry, groups, bias, spatial, approximation, beta, alpha, check_finite, algorithm,
+    )  # fmt: skip
+
+
+def conv3d_factor_(
+    factor: Tensor,
+    x: Tensor,
+    kernel_size: Sizes,
+    *,
+    stride: Sizes = 1,
+    padding: Sizes | str = 0,
+    dilation: Sizes = 1,
+    groups: int = 1,
+    bias: bool = False,
+    spatial: str = "full",
+    approximation: str = "expand",
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    check_finite: bool | Tensor = False,
+    algorithm: str = "auto",
+) -> Tensor | None:
+    """:func:`conv2d_factor_` of x (N, C, D, H, W)."""
+    geometry = _geometry("conv3d_factor_", 3, kernel_size, stride, padding, dilation)
+    return _conv_factor_(
+        "conv3d_factor_",
+        factor, x, geometry, groups, bias, spatial, approximation, beta, alpha, check_finite, algorithm,
+    )  # fmt: skip
+
+
+def embedding_factor_(
+    factor: Tensor, indices: Tensor, *, padding_idx: int | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> None:
+    """Rows are one-hot, so factor (num_embeddings,) holds the diagonal alone: how often each index occurs.
+
+    indices: int64 or int32, any shape. ``padding_idx`` is not counted, as ``torch.nn.Embedding`` gives it no gradient.
+    """
+    _ops.embedding_factor_(factor, indices, padding_idx, beta, alpha)
+
+
+def cross_factor(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """``sum_r w_r x_r y_r^T`` of x (..., D) and y (..., E) with the same leading shape, that of weights -> (D, E)."""
+    product: Tensor = _ops.cross_factor(x, y, weights)
+    return product
+
+
+Geometry = tuple[list[int], list[int], list[int], list[int], list[int]]
+"""kernel_size, stride, padding before, padding after, dilation: one entry for each spatial dimension."""
+
+
+def _geometry(op: str, dims: int, kernel_size: Sizes, stride: Sizes, padding: Sizes | str, dilation: Sizes) -> Geometry:
+    def each(name: str, value: Sizes) -> list[int]:
+        sizes = [value] * dims if isinstance(value, int) else list(value)
+        check(len(sizes) == dims, f"{op}: {name}: expected 1 or {dims} numbers, got {value}")
+        return sizes
+
+    kernel, strides, dilations = (
+        each("kernel_size", kernel_size),
+        each("stride", stride),
+        each("dilation", dilation),
+    )
+    if not isinstance(padding, str):
+        before = each("padding", padding)
+        return kernel, strides, before, list(before), dilations
+    check(padding in ("same", "valid"), f'{op}: padding: expected numbers, "same" or "valid", got "{padding}"')
+    if padding == "valid":
+        return kernel, strides, [0] * dims, [0] * dims, dilations
+    check(set(strides) == {1}, f'{op}: padding: expected numbers with a stride of {strides}, got "same"')
+    total = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    before = [t // 2 for t in total]  # torch's choice where the two differ
+    return kernel, strides, before, [t - b for t, b in zip(total, before, strict=True)], dilations
+
+
+def _flag(factor: Tensor, check_finite: bool | Tensor) -> Tensor | None:
+    if isinstance(check_finite, Tensor):
+        return check_finite
+    return factor.new_zeros(1, dtype=torch.int32) if check_finite else None
+
+
+def _conv_factor_(
+    op: str,
+    factor: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    groups: int,
+    bias: bool,
+    spatial: str,
+    approximation: str,
+    beta: float,
+    alpha: float,
+    check_finite: bool | Tensor,
+    algorithm: str,
+) -> Tensor | None:
+    check(spatial in ("full", "sua"), f'{op}: spatial: expected "full" or "sua", got "{spatial}"')
+    check(
+        approximation in ("expand", "reduce"),
+        f'{op}: approximation: expected "expand" or "reduce", got "{approximation}"',
+    )
+    flag = _flag(factor, check_finite)
+    _ops.conv_factor_(
+        factor, x, *geometry, groups, bias, spatial == "sua", approximation == "reduce", beta, alpha, flag
+    )
+    return flag
