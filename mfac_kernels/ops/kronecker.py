@@ -105,13 +105,15 @@ def conv2d_factor_(
     """Rows are the patches of x (N, C, H, W), of any strides, in the order of ``weight.flatten(1)``.
 
     The geometry is that of ``torch.nn.Conv2d``. A patch's columns are (channel, kh, kw) and, with ``bias``, a 1:
-    with k the number of offsets of the kernel, the factor is (C k + bias)^2 or its block diagonal (g, s, s); with ``groups`` it is
-    (groups, C / groups k + bias, ...), one for each group. ``kernel_size=1`` gives the factor of the output gradients.
+    with k the number of offsets of the kernel, the factor is (C k + bias)^2 or its block diagonal (g, s, s); with
+    ``groups`` it is (groups, C / groups k + bias, ...), one for each group. ``kernel_size=1`` gives the factor of the
+    output gradients.
 
     spatial: ``"full"``; or ``"sua"``: pixels of one patch are taken for uncorrelated, (C + bias)^2, the Frobenius
         projection of the full factor onto I (x) C: the mean over the offsets of its diagonal blocks (each with the bias
         column). Right at any stride, padding and dilation.
-    approximation: ``"expand"``, a row for each output position; or ``"reduce"``, one for each sample, the sum of its patches.
+    approximation: ``"expand"``, a row for each output position; or ``"reduce"``, one for each sample: its summed
+        patches.
     algorithm: ``"tiles"`` for any geometry; ``"lags"`` and ``"fft"`` for stride 1, full, expand, see
         :mod:`mfac_kernels.ops.conv_lags`; ``"auto"`` picks the fastest that is exact enough.
     """
