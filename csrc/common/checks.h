@@ -26,12 +26,15 @@ void check(bool condition, const Args&... message) {
   throw std::runtime_error(text.str());
 }
 
-inline std::string shape(const Tensor& t) {
-  std::ostringstream text;
+// Printed as (2, 3), and only if a check fails.
+struct shape {
+  const Tensor& tensor;
+  explicit shape(const Tensor& t) : tensor(t) {}
+};
+inline std::ostream& operator<<(std::ostream& text, const shape& of) {
   text << '(';
-  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
-  text << (t.dim() == 1 ? ",)" : ")");
-  return text.str();
+  for (int64_t i = 0; i < of.tensor.dim(); ++i) text << (i ? ", " : "") << of.tensor.size(i);
+  return text << (of.tensor.dim() == 1 ? ",)" : ")");
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {

@@ -1,0 +1,206 @@
+// One block of any strides at a time: its inverse, its factor L, and products with (L L^T)^-1, on square tiles (spd_inverse_cpu_impl.h).
+//
+// Floor of the factor: n^3 / 3 flops; of a solution: 2 n^2 for each right-hand side. Both are left-looking: tile row k of L^T is the
+// product of two contiguous panels of the rows above it, so every sum stays in registers over its whole length.
+
+// ---- between matrices and tiles -------------------------------------------------------------------------------------------------
+
+// out[0, n) = p[0, n) as S, and zero up to a tile's width
+template <class S, class T>
+MFAC_INLINE void widen_to_tile(const T* p, int64_t n, S* out) {
+  if constexpr (sizeof(S) == sizeof(Compute<T>)) {
+    widen_row(p, n, out, kTile<S>);
+  } else {
+    for (int64_t c = 0; c < kTile<S>; c += kLanes)
+      store(out + c, n - c >= kLanes ? widen(p + c) : widen_first(p + (c < n ? c : 0), c < n ? n - c : 0));
+  }
+}
+
+template <class S, class T>
+void load_tile_of(const T* from, int64_t row_stride, int64_t column_stride, int64_t height, int64_t width, S* tile) {
+  T gathered[kTile<S>];
+  for (int64_t r = 0; r < height; ++r) {
+    const T* row = from + r * row_stride;
+    if (column_stride != 1) {
+      for (int64_t c = 0; c < width; ++c) gathered[c] = row[c * column_stride];
+      row = gathered;
+    }
+    widen_to_tile(row, width, tile + r * kTile<S>);
+  }
+  __builtin_memset(tile + height * kTile<S>, 0, (kTile<S> - height) * kTile<S> * sizeof(S));
+}
+
+// tile = x[row :, column :] of a matrix (rows, columns), zero past its end
+template <class S>
+__attribute__((noinline)) void load_tile(const Matrix& x, int64_t rows, int64_t columns, int64_t row, int64_t column, S* tile) {
+  const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
+  const int64_t offset = row * x.row_stride + column * x.column_stride;
+  const auto as = [&]<class T>(const T* data) { load_tile_of(data + offset, x.row_stride, x.column_stride, height, width, tile); };
+  switch (x.dtype) {
+    case DType::f32: as(static_cast<const float*>(x.data)); break;
+    case DType::f64:
+      if constexpr (sizeof(S) == sizeof(double)) as(static_cast<const double*>(x.data));
+      break;
+    case DType::bf16: as(static_cast<const bf16*>(x.data)); break;
+    case DType::fp16: as(static_cast<const fp16*>(x.data)); break;
+  }
+}
+
+template <class S>
+__attribute__((noinline)) void store_tile(const S* tile, const Matrix& x, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
+  for (int64_t r = 0; r < height; ++r, tile += kTile<S>) {
+    S* to = static_cast<S*>(x.data) + (row + r) * x.row_stride + column * x.column_stride;
+    if (x.column_stride == 1)
+      __builtin_memcpy(to, tile, width * sizeof(S));
+    else
+      for (int64_t c = 0; c < width; ++c) to[c * x.column_stride] = tile[c];
+  }
+}
+
+// The tiles of block + damping I (spd_inverse_cpu_impl.h), from its lower triangle. Returns whether all is finite.
+template <class S>
+bool load_spd_tiles(const Matrix& block, int64_t n, double damping, S* tiles, S* work) {
+  for (int64_t i = 0; i < tiles_of<S>(n); ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      S* tile = tile_at(tiles, i, j);
+      load_tile(block, n, n, i * kTile<S>, j * kTile<S>, tile);
+      if (i == j) {
+        transpose_tile(tile, work);
+        mirror_upper(work, tile);
+      }
+    }
+  return spd_prepare(tiles, n, static_cast<S>(damping));
+}
+
+template <class S>
+int32_t fill_failed(const Matrix& out, int64_t n, int64_t info) {
+  S tile[kTileArea<S>];
+  for (S& x : tile) x = static_cast<S>(__builtin_nan(""));
+  for (int64_t i = 0; i < n; i += kTile<S>)
+    for (int64_t j = 0; j < n; j += kTile<S>) store_tile(tile, out, n, n, i, j);
+  return static_cast<int32_t>(info);
+}
+
+// ---- the inverse ----------------------------------------------------------------------------------------------------------------
+
+template <class S>
+int64_t inverse_work(int64_t n) {
+  return (spd_tiles_size<S>(n) + spd_work_size<S>(n)) * static_cast<int64_t>(sizeof(S));
+}
+
+template <class S>
+int32_t inverse(const Matrix& block, int64_t n, double damping, const Matrix& out, void* work) {
+  S *tiles = static_cast<S*>(work), *rest = tiles + spd_tiles_size<S>(n);
+  const int64_t info = load_spd_tiles(block, n, damping, tiles, rest) ? spd_eliminate(tiles, n, rest) : -1;
+  if (info != 0) return fill_failed<S>(out, n, info);
+  for (int64_t i = 0; i < tiles_of<S>(n); ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      S* tile = tile_at(tiles, i, j);
+      for (int64_t v = 0; v < kTileArea<S>; v += kLanesOf<S>) store(tile + v, -load<Vec<S>>(tile + v));
+      transpose_tile(tile, rest);
+      if (i == j)
+        mirror_upper(tile, rest);
+      else
+        store_tile(tile, out, n, n, i * kTile<S>, j * kTile<S>);
+      store_tile(rest, out, n, n, j * kTile<S>, i * kTile<S>);
+    }
+  return 0;
+}
+
+// ---- the factor -----------------------------------------------------------------------------------------------------------------
+
+// Column panel j of U = L^T: rows [0, (j + 1) T) of columns [j T, (j + 1) T), contiguous.
+template <class S>
+MFAC_INLINE S* column_panel(S* panels, int64_t j) {
+  return panels + j * (j + 1) / 2 * kTileArea<S>;
+}
+
+template <class S>
+int64_t factor_work(int64_t n) {
+  return (2 * spd_tiles_size<S>(n) + 3 * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
+}
+
+template <class S>
+int32_t factor(const Matrix& block, int64_t n, double damping, const Matrix& out, void* work) {
+  constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
+  S *tiles = static_cast<S*>(work), *panels = tiles + spd_tiles_size<S>(n), *row = panels + spd_tiles_size<S>(n);
+  S *inverse = row + kArea, *upper = inverse + kArea;
+  if (!load_spd_tiles(block, n, damping, tiles, row)) return fill_failed<S>(out, n, -1);
+  for (int64_t k = 0; k < tiles_of<S>(n); ++k) {
+    const S* above = column_panel(panels, k);
+    S* diagonal = column_panel(panels, k) + k * kArea;
+    multiply_tile(above, above, k * T, S(-1), tile_at(tiles, k, k), row, Part::upper);
+    if (const int64_t bad = factor_tile(row, inverse)) return fill_failed<S>(out, n, k * T + bad);
+    transpose_tile(inverse, upper);
+    // U = L^-1 A: of A's diagonal tile the upper half is all there is, and all of U that is not zero.
+    transpose_tile(row, diagonal);
+    mirror_upper(row, diagonal);
+    multiply_triangle(upper, diagonal, row);
+    for (int64_t r = 0; r < T; ++r)
+      for (int64_t c = 0; c < T; ++c) diagonal[r * T + c] = c >= r ? row[r * T + c] : S(0);
+    for (int64_t j = k + 1; j < tiles_of<S>(n); ++j) {
+      S* panel = column_panel(panels, j);
+      transpose_tile(tile_at(tiles, j, k), row);
+      multiply_tile(above, panel, k * T, S(-1), row, row, Part::full);
+      multiply_triangle(upper, row, panel + k * kArea);
+    }
+  }
+  __builtin_memset(tiles, 0, kArea * sizeof(S));
+  for (int64_t i = 0; i < tiles_of<S>(n); ++i)
+    for (int64_t j = 0; j < tiles_of<S>(n); ++j) {
+      if (j <= i) transpose_tile(column_panel(panels, i) + j * kArea, row);
+      store_tile(j <= i ? row : tiles, out, n, n, i * T, j * T);
+    }
+  return 0;
+}
+
+// ---- solutions ------------------------------------------------------------------------------------------------------------------
+
+template <class S>
+int64_t solve_work(int64_t n) {
+  return (2 * spd_tiles_size<S>(n) + tiles_of<S>(n) * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
+}
+
+template <class S>
+void solve(const Matrix& factor, int64_t n, const Matrix& x, int64_t columns, void* work) {
+  constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
+  const int64_t count = tiles_of<S>(n);
+  S *panels = static_cast<S*>(work), *lower = panels + spd_tiles_size<S>(n), *solution = lower + spd_tiles_size<S>(n);
+  // Column panel j of L: rows [j T, count T), contiguous.
+  const auto lower_panel = [&](int64_t j) { return lower + (j * count - j * (j - 1) / 2) * kArea; };
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      S* tile = lower_panel(j) + (i - j) * kArea;
+      load_tile(factor, n, n, i * T, j * T, tile);
+      if (i == j)
+        for (int64_t r = n - i * T; r < T; ++r) tile[r * (T + 1)] = 1;
+      transpose_tile(tile, column_panel(panels, i) + j * kArea);
+    }
+  const auto row = [&](S* tile, int64_t r, int64_t c) { return load<Vec<S>>(tile + r * T + c * kLanesOf<S>); };
+  for (int64_t first = 0; first < columns; first += T) {
+    for (int64_t i = 0; i < count; ++i) {
+      S *tile = solution + i * kArea, *u = column_panel(panels, i);
+      load_tile(x, n, columns, i * T, first, tile);
+      multiply_tile(u, solution, i * T, S(-1), tile, tile, Part::full);
+      u += i * kArea;
+      for (int64_t r = 0; r < T; ++r)
+        for (int64_t c = 0; c < 2; ++c) {
+          Vec<S> sum = row(tile, r, c);
+          for (int64_t k = 0; k < r; ++k) sum -= splat(u[k * T + r]) * row(tile, k, c);
+          store(tile + r * T + c * kLanesOf<S>, sum / splat(u[r * T + r]));
+        }
+    }
+    for (int64_t i = count - 1; i >= 0; --i) {
+      S *tile = solution + i * kArea, *l = lower_panel(i);
+      multiply_tile(l + kArea, tile + kArea, (count - 1 - i) * T, S(-1), tile, tile, Part::full);
+      for (int64_t r = T - 1; r >= 0; --r)
+        for (int64_t c = 0; c < 2; ++c) {
+          Vec<S> sum = row(tile, r, c);
+          for (int64_t k = r + 1; k < T; ++k) sum -= splat(l[k * T + r]) * row(tile, k, c);
+          store(tile + r * T + c * kLanesOf<S>, sum / splat(l[r * T + r]));
+        }
+      store_tile(tile, x, n, columns, i * T, first);
+    }
+  }
+}
