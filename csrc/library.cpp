@@ -40,4 +40,15 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
       "int groups, bool bias, bool sua, bool reduce, float beta, float alpha, Tensor(b!)? refused) -> ()");
   m.def("embedding_factor_(Tensor(a!) counts, Tensor indices, int? padding_idx, float beta, float alpha) -> ()");
   m.def("cross_factor(Tensor x, Tensor y, Tensor? weights) -> Tensor");
+
+  // The compressed form of a stride-1 convolution's factor, full and "expand": sums of products per lag and border, linear in the batch.
+  // state (groups, size), float32, or float64 for float64 x: (slots, C, C) sums and, with a bias, (offsets, C) sums and the number of
+  // patches (csrc/kronecker/lags.h). conv_expand_: factor <- beta factor + alpha (what the state stands for), factor as above. fft: lags by
+  // way of the frequencies where that is accurate.
+  m.def(
+      "conv_lags_(Tensor(a!) state, Tensor x, int[] kernel_size, int[] padding_before, int[] padding_after, int[] dilation, int groups, "
+      "bool bias, bool fft, float beta, float alpha, Tensor(b!)? refused) -> ()");
+  m.def(
+      "conv_expand_(Tensor(a!) factor, Tensor state, int[] kernel_size, int[] padding_before, int[] padding_after, int[] dilation, int "
+      "groups, bool bias, float beta, float alpha) -> ()");
 }
