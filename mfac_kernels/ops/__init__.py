@@ -1,5 +1,6 @@
 """The kernels as torch ops: argument checks, dispatch, fake implementations; nothing else."""
 
+from mfac_kernels.ops.conv_lags import conv2d_expand_, conv2d_lags_, conv2d_lags_size
 from mfac_kernels.ops.kronecker import (
     conv1d_factor_,
     conv2d_factor_,
@@ -22,7 +23,10 @@ __all__ = [
     "block_gram",
     "block_inverse",
     "conv1d_factor_",
+    "conv2d_expand_",
     "conv2d_factor_",
+    "conv2d_lags_",
+    "conv2d_lags_size",
     "conv3d_factor_",
     "core_insert_",
     "core_refactor_",

@@ -16,12 +16,12 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _check_scales(op: str, beta: float, alpha: float) -> None:
+def check_scales(op: str, beta: float, alpha: float) -> None:
     check(math.isfinite(beta), f"{op}: beta: expected a finite number, got {beta:g}")
     check(math.isfinite(alpha), f"{op}: alpha: expected a finite number, got {alpha:g}")
 
 
-def _check_refused(op: str, refused: Tensor | None) -> None:
+def check_refused(op: str, refused: Tensor | None) -> None:
     if refused is not None:
         check_state(op, "refused", refused, torch.int32, (1,))
 
@@ -108,8 +108,8 @@ def _(
     _check_matrix(op, "x", x)
     check_factor(op, factor, x, 1, x.shape[-1], bias)
     _check_weights(op, weights, x)
-    _check_scales(op, beta, alpha)
-    _check_refused(op, refused)
+    check_scales(op, beta, alpha)
+    check_refused(op, refused)
 
 
 @torch.library.register_fake("mfac_kernels::conv_factor_")
@@ -133,8 +133,8 @@ def _(
     check_conv(op, x, kernel_size, stride, padding_before, padding_after, dilation, groups)
     offsets = 1 if sua else math.prod(kernel_size)
     check_factor(op, factor, x, groups, x.shape[1] // groups * offsets, bias)
-    _check_scales(op, beta, alpha)
-    _check_refused(op, refused)
+    check_scales(op, beta, alpha)
+    check_refused(op, refused)
 
 
 @torch.library.register_fake("mfac_kernels::embedding_factor_")
@@ -150,7 +150,7 @@ def _(counts: Tensor, indices: Tensor, padding_idx: int | None, beta: float, alp
         indices.dtype in (torch.int32, torch.int64),
         f"{op}: indices: expected int32 or int64, got {type_text(indices.dtype)}",
     )
-    _check_scales(op, beta, alpha)
+    check_scales(op, beta, alpha)
 
 
 @torch.library.register_fake("mfac_kernels::cross_factor")
