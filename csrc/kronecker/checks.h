@@ -86,15 +86,28 @@ inline Patches check_matrix(const char* op, const char* name, Tensor& x) {
   return rows;
 }
 
+inline bool same_leading_shape(const Tensor& a, int64_t dims, const Tensor& b) {
+  bool same = a.dim() >= dims && b.dim() >= dims;
+  for (int64_t i = 0; same && i < dims; ++i) same = a.size(i) == b.size(i);
+  return same;
+}
+
+// y (..., D_y) with the rows of x (..., D_x)
+inline void check_cross(const char* op, const Tensor& x, const Tensor& y) {
+  check(y.scalar_type() == x.scalar_type(), op, ": y: expected ", torch::headeronly::toString(x.scalar_type()), ", as x has, got ",
+        torch::headeronly::toString(y.scalar_type()));
+  check(y.dim() == x.dim() && same_leading_shape(y, y.dim() - 1, x), op, ": y: expected the leading shape of x, got ", shape(y),
+        " for x of shape ", shape(x));
+}
+
 // One weight per row of x (..., D), in the order of the rows; of the factor's type. Returns them contiguous.
 inline std::optional<Tensor> check_weights(const char* op, const std::optional<Tensor>& weights, const Tensor& x, DType dtype) {
   if (!weights) return std::nullopt;
   const ScalarType expected = accumulator_of(dtype);
   check(weights->scalar_type() == expected, op, ": weights: expected ", torch::headeronly::toString(expected), ", got ",
         torch::headeronly::toString(weights->scalar_type()));
-  bool same = weights->dim() == x.dim() - 1;
-  for (int64_t i = 0; same && i < weights->dim(); ++i) same = weights->size(i) == x.size(i);
-  check(same, op, ": weights: expected the leading shape of x, got ", shape(*weights), " for x of shape ", shape(x));
+  check(weights->dim() == x.dim() - 1 && same_leading_shape(*weights, weights->dim(), x), op,
+        ": weights: expected the leading shape of x, got ", shape(*weights), " for x of shape ", shape(x));
   return torch::stable::contiguous(*weights);
 }
 

@@ -1,0 +1,243 @@
+// Columns of a patch matrix, a few rows at a time, side by side in panels: panels[c / kTile, row, c % kTile].
+//
+// For kernels of more than one offset, the pixels that the rows meet are first staged channel-last with the padding around them, once per
+// line of the kernel: a patch then is a few contiguous runs, one per line where the kernel is not dilated. Columns are taken in the order
+// (offset, channel), in which runs are as long as possible; column_order() tells the order of the patch matrix.
+//
+// Floor: columns x rows elements written. A block of b columns meets b others, so that packing costs some 2 / b of the multiplications.
+
+constexpr int64_t kDepth = 128;  // rows at a time: a panel takes 16 KiB, half of L1
+
+// `length` rows from output (z, y, x) of one sample, along the last axis.
+struct Segment {
+  int64_t sample, z, y, x, length;
+};
+
+// Cuts rows [first, first + rows) into segments; returns how many.
+inline int64_t cut_rows(const Patches& p, int64_t first, int64_t rows, Segment* segments) {
+  const int64_t width = p.axes[2].outputs, height = p.axes[1].outputs, depth = p.axes[0].outputs;
+  int64_t x = first % width, y = first / width % height, z = first / width / height % depth, n = first / width / height / depth, count = 0;
+  while (rows > 0) {
+    const int64_t length = rows < width - x ? rows : width - x;
+    segments[count++] = {n, z, y, x, length};
+    rows -= length;
+    x = 0;
+    if (++y == height) {
+      y = 0;
+      if (++z == depth) z = 0, ++n;
+    }
+  }
+  return count;
+}
+
+// A vector of S from kLanesOf<S> elements of T.
+template <class S, class T>
+MFAC_INLINE Vec<S> load_as(const T* p) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load<Vec<S>>(p);
+  } else {
+    const auto join = [&]<int... l>(std::integer_sequence<int, l...>) {
+      return __builtin_shufflevector(widen32(p), widen32(p + kLanes), l...);
+    };
+    return join(std::make_integer_sequence<int, kLanes32>());
+  }
+}
+template <class S, class T>
+MFAC_INLINE Vec<S> load_first_as(const T* p, int64_t n) {
+  T padded[kLanesOf<S>] = {};
+  __builtin_memcpy(padded, p, n * sizeof(T));
+  return load_as<S>(padded);
+}
+template <class S>
+MFAC_INLINE S widen_one(S x) {
+  return x;
+}
+MFAC_INLINE float widen_one(bf16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+MFAC_INLINE float widen_one(fp16 x) {
+  const fp16 padded[kLanes] = {x};
+  return widen32(padded)[0];
+}
+
+// out[p * stride + c] = x[c * channel_step + p * pixel_step]
+template <class S, class T>
+void gather(const T* x, int64_t channel_step, int64_t pixel_step, int64_t channels, int64_t pixels, S* out, int64_t stride) {
+  constexpr int64_t n = kLanesOf<S>;
+  if (channel_step == 1) {
+    for (int64_t p = 0; p < pixels; ++p, x += pixel_step, out += stride) {
+      int64_t c = 0;
+      for (; c + n <= channels; c += n) store(out + c, load_as<S>(x + c));
+      if (c < channels) {
+        const Vec<S> rest = load_first_as<S>(x + c, channels - c);
+        __builtin_memcpy(out + c, &rest, (channels - c) * sizeof(S));
+      }
+    }
+  } else if (pixel_step == 1) {
+    for (int64_t c = 0; c < channels; c += n) {
+      const int64_t height = channels - c < n ? channels - c : n;
+      for (int64_t p = 0; p < pixels; p += n) {
+        const int64_t width = pixels - p < n ? pixels - p : n;
+        const T* from = x + c * channel_step + p;
+        S* to = out + p * stride + c;
+        Vec<S> v[n];
+        if (width == n && height == n) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < n; ++i) v[i] = load_as<S>(from + i * channel_step);
+        } else {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < n; ++i) v[i] = i < height ? load_first_as<S>(from + i * channel_step, width) : Vec<S>{};
+        }
+        transpose_vectors<Vec<S>, n>(v);
+        if (width == n && height == n) {
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < n; ++i) store(to + i * stride, v[i]);
+        } else {
+          for (int64_t i = 0; i < width; ++i) __builtin_memcpy(to + i * stride, &v[i], height * sizeof(S));
+        }
+      }
+    }
+  } else {
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t c = 0; c < channels; ++c) out[p * stride + c] = widen_one(x[c * channel_step + p * pixel_step]);
+  }
+}
+
+// The same for `pixels` of one line of one sample from position x on, `pace` apart; those outside of the input are zero.
+template <class S, class T>
+void gather_line(const Patches& patches, int64_t channel, int64_t channels, int64_t sample, int64_t z, int64_t y, int64_t x, int64_t pace,
+                 int64_t pixels, S* out, int64_t stride) {
+  const Axis& axis = patches.axes[2];
+  int64_t begin = x < 0 ? (pace - 1 - x) / pace : 0, end = axis.size > x ? (axis.size - x + pace - 1) / pace : 0;
+  if (end > pixels) end = pixels;
+  if (z < 0 || z >= patches.axes[0].size || y < 0 || y >= patches.axes[1].size || begin >= end) begin = end = pixels;
+  const auto clear = [&](int64_t from, int64_t to) {
+    for (int64_t p = from; p < to; ++p) __builtin_memset(out + p * stride, 0, channels * sizeof(S));
+  };
+  clear(0, begin);
+  if (begin < end) {
+    const T* pixel = static_cast<const T*>(patches.data) + sample * patches.sample_step + channel * patches.channel_step +
+                     z * patches.axes[0].step + y * patches.axes[1].step + (x + begin * pace) * axis.step;
+    gather(pixel, patches.channel_step, axis.step * pace, channels, end - begin, out + begin * stride, stride);
+  }
+  clear(end, pixels);
+}
+
+// Packs the columns of one block.
+template <class T>
+class Packer {
+ public:
+  using S = Compute<T>;
+
+  explicit Packer(const Columns& columns) : p_(*columns.patches), first_(columns.first), count_(columns.count) {
+    const int64_t offsets = p_.offsets();
+    channel_ = first_ / offsets;
+    channels_ = (first_ + count_ + offsets - 1) / offsets - channel_;
+    const Axis& axis = p_.axes[2];
+    pace_ = axis.kernel == 1 ? axis.stride : 1;
+    stride_ = axis.kernel == 1 ? 1 : axis.stride;
+    reach_ = axis.kernel == 1 ? 1 : (axis.kernel - 1) * axis.dilation + 1;
+    const int64_t longest = axis.outputs < kDepth ? axis.outputs : kDepth;
+    pitch_ = (longest - 1) * stride_ + reach_;
+    lines_ = p_.axes[0].kernel * p_.axes[1].kernel;
+    if (longest > 0) segments_ = (kDepth - 1) / longest + 2 < kDepth ? (kDepth - 1) / longest + 2 : kDepth;
+  }
+
+  static constexpr int64_t panels_size(int64_t columns) { return round_up(columns, kTile<S>) * kDepth + kLanesOf<S>; }
+  int64_t staged_size() const { return p_.offsets() == 1 ? 0 : segments_ * lines_ * pitch_ * channels_ + kLanesOf<S>; }
+
+  void pack(const Segment* segments, int64_t count, S* staged, S* panels) const {
+    if (p_.offsets() == 1) {
+      const int64_t rest = count_ % kTile<S>;
+      S* last = panels + count_ / kTile<S> * kTile<S> * kDepth;
+      if (rest) __builtin_memset(last, 0, kTile<S> * kDepth * sizeof(S));
+      int64_t row = 0;
+      for (int64_t s = 0; s < count; row += segments[s++].length)
+        for (int64_t c = 0; c < count_; c += kTile<S>)
+          line(segments[s], 0, 0, channel_ + c, count_ - c < kTile<S> ? count_ - c : kTile<S>, segments[s].length,
+               panels + c * kDepth + row * kTile<S>, kTile<S>);
+      return;
+    }
+    for (int64_t s = 0; s < count; ++s) {
+      S* out = staged + s * lines_ * pitch_ * channels_;
+      for (int64_t kz = 0; kz < p_.axes[0].kernel; ++kz)
+        for (int64_t ky = 0; ky < p_.axes[1].kernel; ++ky, out += pitch_ * channels_)
+          line(segments[s], kz, ky, channel_, channels_, (segments[s].length - 1) * stride_ + reach_, out, channels_);
+    }
+    copy_runs(segments, count, staged, panels);
+  }
+
+  // body(first column of the run in the packed order, channels in the run, its first channel of those staged, offset)
+  template <class Body>
+  void for_each_run(const Body& body) const {
+    const int64_t offsets = p_.offsets();
+    int64_t at = 0;
+    for (int64_t o = 0; o < offsets; ++o) {
+      // channels c with first <= c offsets + o < first + count
+      const int64_t begin = (first_ - o + offsets - 1) / offsets - channel_, end = (first_ + count_ - o + offsets - 1) / offsets - channel_;
+      if (begin < end) body(at, end - begin, begin, o);
+      at += end - begin;
+    }
+  }
+
+  // order[packed column] = column of the block
+  void column_order(int32_t* order) const {
+    const int64_t offsets = p_.offsets();
+    for_each_run([&](int64_t at, int64_t n, int64_t channel, int64_t offset) {
+      for (int64_t i = 0; i < n; ++i) order[at + i] = static_cast<int32_t>((channel_ + channel + i) * offsets + offset - first_);
+    });
+  }
+
+ private:
+  struct Run {
+    int32_t to, length;
+    int64_t from;
+  };
+
+  void line(const Segment& s, int64_t kz, int64_t ky, int64_t channel, int64_t channels, int64_t pixels, S* out, int64_t stride) const {
+    const auto& [az, ay, ax] = p_.axes;
+    gather_line<S, T>(p_, channel, channels, s.sample, s.z * az.stride + kz * az.dilation - az.padding,
+                      s.y * ay.stride + ky * ay.dilation - ay.padding, s.x * ax.stride - ax.padding, pace_, pixels, out, stride);
+  }
+
+  // A run is copied in whole vectors: what it writes too much belongs to runs and rows that follow.
+  void copy_runs(const Segment* segments, int64_t count, const S* staged, S* panels) const {
+    Run runs[kTile<S> + 1];
+    int64_t filled = 0, panel = 0;
+    const auto flush = [&] {
+      copy_panel(segments, count, staged, runs, filled, panels + panel++ * kTile<S> * kDepth);
+      filled = 0;
+    };
+    for_each_run([&](int64_t at, int64_t n, int64_t channel, int64_t offset) {
+      const int64_t kx = offset % p_.axes[2].kernel, line = offset / p_.axes[2].kernel;
+      int64_t from = (line * pitch_ + kx * p_.axes[2].dilation) * channels_ + channel;
+      while (n > 0) {
+        const int64_t to = at % kTile<S>, length = n < kTile<S> - to ? n : kTile<S> - to;
+        if (filled > 0 && runs[filled - 1].from + runs[filled - 1].length == from)
+          runs[filled - 1].length += static_cast<int32_t>(length);
+        else
+          runs[filled++] = {static_cast<int32_t>(to), static_cast<int32_t>(length), from};
+        at += length;
+        from += length;
+        n -= length;
+        if (at % kTile<S> == 0) flush();
+      }
+    });
+    if (filled > 0) flush();
+  }
+  void copy_panel(const Segment* segments, int64_t count, const S* staged, const Run* runs, int64_t filled, S* out) const {
+    const int64_t used = runs[filled - 1].to + runs[filled - 1].length;
+    for (int64_t s = 0; s < count; ++s) {
+      const S* from = staged + s * lines_ * pitch_ * channels_;
+      for (int64_t i = 0; i < segments[s].length; ++i, from += stride_ * channels_, out += kTile<S>) {
+        for (int64_t r = 0; r < filled; ++r)
+          for (int64_t v = 0; v < runs[r].length; v += kLanesOf<S>) store(out + runs[r].to + v, load<Vec<S>>(from + runs[r].from + v));
+        for (int64_t v = used; v < kTile<S>; v += kLanesOf<S>) store(out + v, Vec<S>{});
+      }
+    }
+  }
+
+  const Patches& p_;
+  int64_t first_, count_;
+  int64_t channel_, channels_;            // that the columns belong to
+  int64_t pace_, stride_, reach_;         // along the last axis: pixels per staged one, staged ones per output, staged ones of a patch
+  int64_t pitch_, lines_, segments_ = 0;  // staged pixels of a line, lines of a segment, segments at most
+};
