@@ -1,0 +1,83 @@
+// What the kernels of factor_kernels.cu and tensor_kernels.cu share: how products are cut into tiles, and what the rows and columns of a
+// tile are.
+#pragma once
+#include "common/convert.cuh"
+#include "kronecker/patches.cuh"
+
+namespace mfac_kernels {
+
+template <class T>
+struct AccumulatorOf {
+  using type = float;
+};
+template <>
+struct AccumulatorOf<double> {
+  using type = double;
+};
+template <class T>
+using Accumulator = AccumulatorOf<T>::type;
+
+__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// One side of the product: the columns of `blocks` blocks.
+struct Side {
+  Patches patches;
+  bool padded;   // some patch reaches beyond the image
+  int64_t size;  // columns of a block
+  int64_t features, bias_feature;
+  double bias;
+  int64_t block_features, block_offset;  // from block to block: first column, and first element of the group
+};
+
+struct Products {
+  Side a, b;  // b: of a cross product; else both sides are a
+  bool cross;
+  bool along_rows;                 // neighbouring rows, not columns, are neighbours in memory
+  int64_t tiles, tiles_b, splits;  // tiles of one block; in a row, of a cross product
+  const void* weights;
+  bool by_visits;
+  Axis visited[Patches::kAxes];
+};
+
+struct TileIndex {
+  int64_t row, column;
+};
+// Tiles of a lower triangle are counted row by row.
+__host__ __device__ constexpr int64_t count_of_lower(int64_t rows) { return rows * (rows + 1) / 2; }
+__device__ __forceinline__ TileIndex lower_tile(int64_t tile) {
+  auto row = static_cast<int64_t>((sqrt(8.0 * static_cast<double>(tile) + 1) - 1) / 2);
+  if (count_of_lower(row) > tile) --row;
+  if (count_of_lower(row + 1) <= tile) ++row;
+  return {row, tile - count_of_lower(row)};
+}
+
+__device__ __forceinline__ int visits(const Axis& axis, int64_t pixel) {
+  int count = 0;
+  for (int64_t o = 0; o < axis.kernel; ++o) {
+    const int64_t at = pixel + axis.padding - o * axis.dilation;
+    count += at >= 0 && at % axis.stride == 0 && at / axis.stride < axis.outputs;
+  }
+  return count;
+}
+
+template <class A>
+__device__ __forceinline__ A weight_of(const Products& p, int64_t index, const PatchRow& row) {
+  if (!row.valid) return 0;
+  if (p.weights) return static_cast<const A*>(p.weights)[index];
+  if (!p.by_visits) return 1;
+  A weight = 1;
+#pragma unroll
+  for (int a = 0; a < Patches::kAxes; ++a) weight *= static_cast<A>(visits(p.visited[a], row.at[a])) / static_cast<A>(p.visited[a].kernel);
+  return weight;
+}
+
+template <class T>
+__device__ __forceinline__ PatchColumn<T> column_of(const Side& side, int64_t block, int64_t column) {
+  const int64_t feature = block * side.block_features + column;
+  if (column < side.size && feature < side.features && feature != side.bias_feature) return patch_column<T>(side.patches, feature);
+  PatchColumn<T> constant = {};
+  if (column < side.size && feature == side.bias_feature) narrow(side.bias, constant.constant);
+  return constant;
+}
+
+}  // namespace mfac_kernels
