@@ -13,7 +13,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench lint sanitize simt cuda-check wheel clean
+.PHONY: help install demo test bench lint sanitize simt cuda-check cuda-wheel gpu wheel clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
@@ -23,6 +23,8 @@ help:
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make simt      the op tests on the CUDA kernels, run on the CPU in three orders of threads'
 	@echo 'make cuda-check  every CUDA kernel compiled for the default architectures; registers, shared memory, spills'
+	@echo 'make cuda-wheel  a wheel for CUDA in dist/cuda, built, imported and fake-run; needs no GPU'
+	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; DRY=1: on the CPU'
 	@echo 'make wheel     a wheel in dist/'
 	@echo 'make install   the build alone'
 	@echo 'make clean     remove what was built (not the environment)'
@@ -118,6 +120,14 @@ cuda-check: $(stamp)
 	    -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc $(addprefix -isystem ,$(torch_includes)) \
 	    -c $$glue -o build/cuda-check/$$(basename $$glue).o || exit; done
 	$(bin)/python tools/cuda_resources.py <build/cuda-check/log
+
+cuda-wheel: $(stamp)
+	$(bin)/python tools/cuda_wheel.py --torch 'torch===$(TORCH)'
+
+# No network, so no environment of its own.
+RESULTS ?= runs/gpu
+gpu:
+	$(PYTHON) tools/gpu.py $(RESULTS) $(if $(DRY),--dry-run)
 
 # build/lib* would carry files into the wheel that the tree no longer has.
 wheel: $(stamp)

@@ -36,7 +36,14 @@ except ModuleNotFoundError as error:
         "    pip install torch 'setuptools>=77' ninja pybind11 numpy\n"
         "    pip install --no-build-isolation ."
     )
-import pybind11
+
+try:
+    from pybind11 import get_include as pybind11_include
+except ModuleNotFoundError:  # torch's headers come with a copy
+
+    def pybind11_include() -> str:
+        return include_paths("cpu")[0]
+
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
@@ -201,7 +208,7 @@ build_record = Extension(
     language="c++",
     include_dirs=[str(ROOT / "csrc")],
     define_macros=record,
-    extra_compile_args={"cxx": [*cxx_flags, *system_includes([pybind11.get_include()])]},
+    extra_compile_args={"cxx": [*cxx_flags, *system_includes([pybind11_include()])]},
     extra_link_args=link_flags,
 )
 

@@ -1,7 +1,10 @@
-"""The `race` fixture: contenders timed in turns in one process, ours through pytest-benchmark; and the table of a run.
+"""The `race` fixture: contenders timed in turns in one process; and the table of a run.
 
 Only ratios mean anything on a machine whose speed drifts, and only between figures taken in turns. A benchmark first
 verifies the results that it is about to time. `pytest benchmarks --record DIR` writes results.json and results.md.
+
+On the CPU ours is timed through pytest-benchmark. `--device cuda` runs the benchmarks that take the fixture `device`,
+timed by CUDA events with cold caches, and sets their GB/s beside those of a large copy.
 """
 
 from __future__ import annotations
@@ -17,20 +20,53 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from cuda_timing import Timer, copy_bandwidth
 
 import mfac_kernels as mk
 
 _SLOW = 0.5  # seconds: a contender slower than this is sampled three times
 _ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_COPY = pytest.StashKey[float]()  # bytes per second
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record", metavar="DIR", help="write results.json and results.md there")
     parser.addoption("--rounds", type=int, default=11, help="samples per contender (default 11)")
+    parser.addoption(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="what the benchmarks run on (default cpu)"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cpu":
+        return
+    chosen = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture
-def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.config.getoption("--device"))
+
+
+@pytest.fixture(scope="session")
+def cuda_timer(request: pytest.FixtureRequest) -> Timer:
+    timer = Timer()
+    request.config.stash[_COPY] = copy_bandwidth(timer)
+    return timer
+
+
+def _seconds(work: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        work()
+    return (time.perf_counter() - start) / calls
+
+
+@pytest.fixture
+def race(request: pytest.FixtureRequest) -> Callable[..., None]:
     """race(kernel, case, ours, others, gates={name: ratio}, read=(callable, bytes), bytes_moved, flops)."""
 
     def run(
@@ -46,6 +82,10 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
         calls: int = 1,
     ) -> None:
         """`others` are the baselines; `read` reads the `bytes_moved` once or more and tells what the memory gives."""
+        on_cuda = request.config.getoption("--device") == "cuda"
+        timer = request.getfixturevalue("cuda_timer") if on_cuda else lambda work: _seconds(work, calls)
+        benchmark = None if on_cuda else request.getfixturevalue("benchmark")
+        rounds = request.config.getoption("--rounds")
         contenders = dict(others) | ({"read": read} if read else {})
         samples: dict[str, list[float]] = {name: [] for name in contenders}
 
@@ -53,20 +93,24 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
             for name, contender in contenders.items():
                 if len(samples[name]) > 2 and samples[name][-1] > _SLOW:
                     continue
-                start = time.perf_counter()
-                for _ in range(calls):
-                    contender()
-                samples[name].append((time.perf_counter() - start) / calls)
+                samples[name].append(timer(contender))
 
-        def time_ours() -> None:
+        def repeat_ours() -> None:
             for _ in range(calls):
                 ours()
 
         ours()
         time_the_others()
-        rounds = request.config.getoption("--rounds")
-        benchmark.pedantic(time_ours, setup=time_the_others, rounds=rounds)
-        seconds = benchmark.stats.stats.median / calls
+        if benchmark is None:
+            timer(ours)  # the first run may still load code or allocate
+            times = []
+            for _ in range(rounds):
+                time_the_others()
+                times.append(timer(ours))
+            seconds = statistics.median(times)
+        else:
+            benchmark.pedantic(repeat_ours, setup=time_the_others, rounds=rounds)
+            seconds = benchmark.stats.stats.median / calls
         medians = {name: statistics.median(times[1:]) for name, times in samples.items()}
         row: dict[str, Any] = {
             "kernel": kernel,
@@ -79,23 +123,27 @@ def race(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
             row["GB/s"] = bytes_moved / seconds / 1e9
         if flops:
             row["GFLOP/s"] = flops / seconds / 1e9
-        if read:
+        if bytes_moved and on_cuda:
+            row["share of copy bandwidth"] = bytes_moved / seconds / request.config.stash[_COPY]
+        elif read:
             row["share of read bandwidth"] = medians["read"] / seconds
-        benchmark.extra_info.update(row)
+        if benchmark is not None:
+            benchmark.extra_info.update(row)
         request.config.stash.setdefault(_ROWS, []).append(row)
 
     return run
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
+    ceiling = "copy" if any("share of copy bandwidth" in row for row in rows) else "read"
     lines = [
-        "| kernel | case | ms | GB/s or GFLOP/s | share of read bandwidth | ratio to | gate |",
+        f"| kernel | case | ms | GB/s or GFLOP/s | share of {ceiling} bandwidth | ratio to | gate |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         rate = f"{row['GB/s']:.1f} GB/s" if "GB/s" in row else ""
         rate = f"{row['GFLOP/s']:.0f} GFLOP/s" if "GFLOP/s" in row else rate
-        share = row.get("share of read bandwidth")
+        share = row.get("share of copy bandwidth", row.get("share of read bandwidth"))
         ratios = "; ".join(f"{name}: {ratio:.2f}x" for name, ratio in row["ratios"].items())
         gates = "; ".join(f"{gate:g}x" for gate in row["gates"].values())
         cells = [row["kernel"], row["case"], f"{row['ms']:.3f}", rate, f"{share:.0%}" if share else "", ratios, gates]
@@ -103,7 +151,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def _machine() -> dict[str, Any]:
+def _machine(config: pytest.Config) -> dict[str, Any]:
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -113,12 +161,11 @@ def _machine() -> dict[str, Any]:
         platform.processor(),
     )
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    return {
-        "date": date.today().isoformat(),
-        "commit": commit.stdout.strip(),
-        "cpu": cpu,
-        **mk.build_info(),
-    }
+    machine = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "cpu": cpu}
+    if _COPY in config.stash:
+        machine["gpu"] = torch.cuda.get_device_name()
+        machine["copy, GB/s read and written"] = round(config.stash[_COPY] / 1e9)
+    return machine | mk.build_info()
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -130,7 +177,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if folder := config.getoption("--record"):
         out = Path(folder)
         out.mkdir(parents=True, exist_ok=True)
-        machine = _machine()
+        machine = _machine(config)
         (out / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
         head = [f"- {key}: {value}" for key, value in machine.items()]
         (out / "results.md").write_text("\n".join([*head, "", *lines, ""]))

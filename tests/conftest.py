@@ -1,7 +1,9 @@
 """What the tests share: devices, instruction sets, and makers of gradients.
 
 MFAC_KERNELS_TEST_DEVICES="cpu,cuda" chooses the devices; the default is the CPU, and CUDA where torch finds a GPU
-and the package was built for it.
+and the package was built for it. Without the CPU among them, tests that do not take the fixture `device` are left out.
+
+Without hypothesis the tests that need it are skipped, each by name; plain cases of the same files still run.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 
-import hypothesis
 import pytest
 import torch
 from torch import Tensor
+
+try:
+    import hypothesis
+except ModuleNotFoundError:
+    import no_hypothesis as hypothesis
 
 import mfac_kernels as mk
 
@@ -37,12 +43,20 @@ def _devices() -> list[str]:
 
 def _instruction_sets() -> list[str]:
     """Those that this CPU has: asking for one that it lacks gives the best it has. CUDA kernels know of none."""
-    if mk.build_info()["simt"]:
+    if mk.build_info()["simt"] or "cpu" not in _devices():
         return [mk.cpu_capability()]
     before = mk.cpu_capability()
     names = [name for name in ("default", "avx2", "avx512") if mk.cpu_capability(name) == name]
     mk.cpu_capability(before)
     return names
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "cpu" in _devices():
+        return
+    chosen = [item for item in items if "device" in getattr(item, "fixturenames", ())]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture(params=_devices())
