@@ -1,4 +1,4 @@
-// What the ops of a sliding window expect, on every device.
+// What the ops of M-FAC expect, on every device.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -27,9 +27,17 @@ struct Rows {
   char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * item; }
 };
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline void check_block_size(const char* op, int64_t block_size) {
   check(block_size > 0, op, ": block_size: expected at least 1, got ", block_size);
 }
+
+inline void check_positive(const char* op, const char* name, double value) {
+  check(value > 0 && std::isfinite(value), op, ": ", name, ": expected a positive finite number, got ", value);
+}
+
+// ---- sliding window ---------------------------------------------------------------------------------------------------------------
 
 inline void check_window_dots(const char* op, const Tensor& window, const Tensor& x, int64_t block_size) {
   check_rows(op, "window", window);
@@ -52,7 +60,7 @@ inline void check_window_combine(const char* op, const Tensor& window, const Ten
                                  const std::optional<Tensor>& x) {
   check_rows(op, "window", window);
   check_block_size(op, block_size);
-  const int64_t dim = window.size(1), blocks = (dim + block_size - 1) / block_size;
+  const int64_t dim = window.size(1), blocks = divide_up(dim, block_size);
   check(coefficients.dim() == 3, op, ": coefficients: expected 3 dimensions, got shape ", shape(coefficients));
   check_state(op, "coefficients", coefficients, ScalarType::Double, {blocks, coefficients.size(1), window.size(0)});
   if (x) {
@@ -67,7 +75,7 @@ inline int64_t check_core(const char* op, const Tensor& factor, const Tensor& st
   const int64_t m = factor.size(0);
   check_state(op, "factor", factor, ScalarType::Double, {m, m});
   check_state(op, "state", state, ScalarType::Long, {2});
-  check(shift > 0 && std::isfinite(shift), op, ": shift: expected a positive finite number, got ", shift);
+  check_positive(op, "shift", shift);
   return m;
 }
 
@@ -75,6 +83,31 @@ inline int64_t check_core(const char* op, const Tensor& factor, const Tensor& st
 inline void check_core_solve(const char* op, const Tensor& b, int64_t m) {
   check(b.dim() == 2, op, ": b: expected 2 dimensions, got shape ", shape(b));
   check_state(op, "b", b, ScalarType::Double, {b.size(0), m});
+}
+
+// ---- fixed gradients --------------------------------------------------------------------------------------------------------------
+
+// g (m, d)
+inline Rows check_gradients(const char* op, const Tensor& g) {
+  check_rows(op, "g", g);
+  return Rows(op, "g", g);
+}
+
+// What inverses of a Fisher matrix are stored in
+inline ScalarType inverse_type(DType gradients) { return gradients == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+inline Rows check_inverse_diagonal(const char* op, const Tensor& g, const Tensor& transform, double damping) {
+  const Rows rows = check_gradients(op, g);
+  check_state(op, "transform", transform, ScalarType::Double, {rows.rows, rows.rows});
+  check_positive(op, "damping", damping);
+  return rows;
+}
+
+inline Rows check_block_inverse(const char* op, const Tensor& g, int64_t block_size, double count) {
+  const Rows rows = check_gradients(op, g);
+  check_block_size(op, block_size);
+  check_positive(op, "count", count);
+  return rows;
 }
 
 }  // namespace mfac_kernels

@@ -1,4 +1,4 @@
-// The kernels of a fixed set of gradients G (m, d), without torch. static.cpp splits the work over threads. See gram_, block_inverse_ and
+// The kernels of a fixed set of gradients G (m, d), without torch. gram.cpp and the like split the work over threads. See gram_, block_inverse_ and
 // inverse_diagonal_cpu_impl.h.
 #pragma once
 #include <cstdint>
