@@ -17,8 +17,8 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
   m.def("core_refactor_(Tensor gram, Tensor(a!) factor, Tensor state, float shift, bool per_gradient) -> ()");
 
   // M-FAC, fixed gradients
-  m.def("gram(Tensor g) -> Tensor");
-  m.def("block_gram(Tensor g, int block_size) -> Tensor");
+  m.def("gram(Tensor g, bool double_precision) -> Tensor");
+  m.def("block_gram(Tensor g, int block_size, bool double_precision) -> Tensor");
   m.def("inverse_diagonal(Tensor g, Tensor transform, float damping) -> Tensor");
   m.def("block_inverse(Tensor g, int block_size, float damping, float count) -> (Tensor inverse, Tensor info)");
 

@@ -9,17 +9,20 @@
 //   b, 2 registers    B[n (t + 4 i) + h, g]
 //   d, 4 floats       D[g + 8 (i / 2), 2 t + i % 2]
 //
-// Source: PTX ISA, "Matrix fragments for mma.m16n8k8" and ".m16n8k16", ldmatrix.
+// float64 in the same places, an element where a register is, k = 8: every sum is rounded to nearest. sm_80 takes 4 instructions for what
+// is 1 on sm_90.
+//
+// Source: PTX ISA, "Matrix fragments for mma.m8n8k4", ".m16n8k8" and ".m16n8k16", ldmatrix.
 #pragma once
 #include "common/launch.h"
 #include "common/types.h"
 
 namespace mfac_kernels {
 
-template <class T>  // float, bf16, fp16
-constexpr int kMmaDepth = 32 / sizeof(T);
+template <class T>  // float, bf16, fp16, double
+constexpr int kMmaDepth = sizeof(T) == 8 ? 8 : 32 / sizeof(T);
 template <class T>
-constexpr int kMmaPerRegister = 4 / sizeof(T);
+constexpr int kMmaPerRegister = sizeof(T) == 8 ? 1 : 4 / sizeof(T);
 
 struct Position {
   int row, column;
@@ -64,6 +67,20 @@ MFAC_MMA(float, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 MFAC_MMA(bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
 MFAC_MMA(fp16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 #undef MFAC_MMA
+
+__device__ __forceinline__ void mma(double (&d)[4], const double (&a)[4], const double (&b)[2]) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+d"(d[0]), "+d"(d[1]), "+d"(d[2]), "+d"(d[3])
+               : "d"(a[0]), "d"(a[1]), "d"(a[2]), "d"(a[3]), "d"(b[0]), "d"(b[1]));
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i)  // rows g + 8 (i % 2), depth t + 4 (i / 2)
+    asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+                 : "+d"(d[i % 2 * 2]), "+d"(d[i % 2 * 2 + 1])
+                 : "d"(a[i]), "d"(b[i / 2]));
+#endif
+}
 
 // n = 1, 2 or 4 matrices of 8 rows of 16 bytes, M_j in registers[j]: lane l gives `row`, the address of row l % 8 of M_(l / 8) (lanes from
 // 8 n on are not asked) and gets M_j[l / 4, l % 4] in words of 4 bytes. Transposed, for 16-bit elements: M_j[2 (l % 4) + h, l / 4]. Every

@@ -122,6 +122,14 @@ MFAC_INLINE f32h widen32(const float* p) { return load<f32h>(p); }
 MFAC_INLINE f32h widen32(const bf16* p) { return bit_cast<f32h>(widen(load<u16q>(p)) << 16); }
 MFAC_INLINE f32h widen32(const fp16* p) { return half_to_float(load<u16q>(p)); }
 
+template <class S, class T>
+MFAC_INLINE auto widen_as(const T* p) {
+  if constexpr (sizeof(S) == sizeof(double))
+    return widen(p);
+  else
+    return widen32(p);
+}
+
 // out[0, n) = p[0, n) as S, and zero up to `padded`, a multiple of kLanes.
 template <class S, class T>
 MFAC_INLINE void widen_row(const T* p, int64_t n, S* out, int64_t padded) {
@@ -130,11 +138,11 @@ MFAC_INLINE void widen_row(const T* p, int64_t n, S* out, int64_t padded) {
     __builtin_memcpy(out, p, n * sizeof(S));
     j = n;
   } else {
-    for (; j + kLanes <= n; j += kLanes) store(out + j, widen32(p + j));
+    for (; j + kLanes <= n; j += kLanes) store(out + j, widen_as<S>(p + j));
     if (j < n) {
       T rest[kLanes] = {};
       __builtin_memcpy(rest, p + j, (n - j) * sizeof(T));
-      store(out + j, widen32(rest));
+      store(out + j, widen_as<S>(rest));
       j += kLanes;
     }
   }

@@ -74,6 +74,28 @@ void multiply(void* const* lanes) {
   }
 }
 
+struct MmaLaneOfDoubles {
+  double* d;
+  const double *a, *b;
+};
+
+inline void multiply_doubles(void* const* lanes) {
+  constexpr int k = kMmaDepth<double>;
+  double a[16][k], b[k][8];
+  for (int l = 0; l < kLanes; ++l) {
+    const auto& lane = *static_cast<const MmaLaneOfDoubles*>(lanes[l]);
+    for (int i = 0; i < 4; ++i) a[fragment_of_a<double>(l, i, 0).row][fragment_of_a<double>(l, i, 0).column] = lane.a[i];
+    for (int i = 0; i < 2; ++i) b[fragment_of_b<double>(l, i, 0).row][fragment_of_b<double>(l, i, 0).column] = lane.b[i];
+  }
+  for (int l = 0; l < kLanes; ++l) {
+    const auto& lane = *static_cast<const MmaLaneOfDoubles*>(lanes[l]);
+    for (int i = 0; i < 4; ++i) {
+      const Position at = fragment_of_d(l, i);
+      for (int j = 0; j < k; ++j) lane.d[i] = std::fma(a[at.row][j], b[j][at.column], lane.d[i]);
+    }
+  }
+}
+
 struct LoadLane {
   const void* row;  // null: not asked
   uint32_t* registers;
@@ -100,6 +122,11 @@ template <class T>
 void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], simt::Location where = simt::Location::current()) {
   simt::MmaLane lane = {d, a, b};
   simt::meet_whole_warp(&simt::multiply<T>, &lane, where);
+}
+
+inline void mma(double (&d)[4], const double (&a)[4], const double (&b)[2], simt::Location where = simt::Location::current()) {
+  simt::MmaLaneOfDoubles lane = {d, a, b};
+  simt::meet_whole_warp(&simt::multiply_doubles, &lane, where);
 }
 
 template <bool kTransposed = false, int n, class T>

@@ -15,4 +15,15 @@ struct fp16 {
 enum class DType : int { f32, f64, bf16, fp16 };
 constexpr int kDTypes = 4;
 
+// body(T()) for the type of dtype
+template <class Body>
+auto for_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::f32: return body(float());
+    case DType::f64: return body(double());
+    case DType::bf16: return body(bf16());
+    default: return body(fp16());
+  }
+}
+
 }  // namespace mfac_kernels

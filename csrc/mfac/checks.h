@@ -8,6 +8,7 @@
 
 #include "common/checks.h"
 #include "common/types.h"
+#include "mfac/device_rows.h"
 
 namespace mfac_kernels {
 
@@ -24,6 +25,7 @@ struct Rows {
         dim(t.size(1)),
         stride(t.stride(0)),
         item(static_cast<int64_t>(t.element_size())) {}
+  DeviceRows on_device() const { return {data, dtype, rows, dim, stride}; }
   char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * item; }
 };
 

@@ -48,8 +48,10 @@ void reduce_symmetric(const double* partial, int64_t segments, int64_t m, double
   });
 }
 
-Tensor gram_of_blocks(const Tensor& tensor, const Rows& g, int64_t block_size) {
+Tensor gram_of_blocks(const Tensor& tensor, const Rows& g, int64_t block_size, bool double_precision) {
   const int64_t m = g.rows;
+  const StaticKernels& kernels = static_kernels(g.dtype);
+  const auto gram_block = double_precision ? kernels.gram_block_in_double : kernels.gram_block;
   const GramTasks tasks(g, block_size);
   Tensor result = torch::stable::new_empty(tensor, {tasks.blocks, m, m}, ScalarType::Double);
   double* out = static_cast<double*>(result.mutable_data_ptr());
@@ -64,22 +66,22 @@ Tensor gram_of_blocks(const Tensor& tensor, const Rows& g, int64_t block_size) {
     const char *a = g.at(i * tasks.rows, from), *b = j < i ? g.at(j * tasks.rows, from) : nullptr;
     const int64_t a_rows = std::min(tasks.rows, m - i * tasks.rows), b_rows = std::min(tasks.rows, m - j * tasks.rows);
     double* sum = sums + (block * tasks.segments + segment) * m * m + i * tasks.rows * m + j * tasks.rows;
-    static_kernels(g.dtype).gram_block(a, a_rows, b, b_rows, g.stride, to - from, sum, m, scratch(kGramWork));
+    gram_block(a, a_rows, b, b_rows, g.stride, to - from, sum, m, scratch(kGramWork));
   });
   for (int64_t b = 0; b < tasks.blocks; ++b) reduce_symmetric(sums + b * tasks.segments * m * m, tasks.segments, m, out + b * m * m);
   return result;
 }
 
-Tensor gram(const Tensor& g) {
+Tensor gram(const Tensor& g, bool double_precision) {
   const Rows rows = check_gradients("gram", g);
   if (rows.dim == 0) return torch::stable::new_zeros(g, {rows.rows, rows.rows}, ScalarType::Double);
-  return torch::stable::select(gram_of_blocks(g, rows, rows.dim), 0, 0);
+  return torch::stable::select(gram_of_blocks(g, rows, rows.dim, double_precision), 0, 0);
 }
 
-Tensor block_gram(const Tensor& g, int64_t block_size) {
+Tensor block_gram(const Tensor& g, int64_t block_size, bool double_precision) {
   const Rows rows = check_gradients("block_gram", g);
   check_block_size("block_gram", block_size);
-  return gram_of_blocks(g, rows, block_size);
+  return gram_of_blocks(g, rows, block_size, double_precision);
 }
 
 }  // namespace

@@ -18,10 +18,9 @@ MFAC_INLINE void prefetch_part(const T* g, int64_t rows, int64_t stride, int64_t
     for (int64_t i = 0; i < rows; ++i) __builtin_prefetch(g + i * stride + line * kLine, 0, 2);
 }
 
-template <class T>
+template <class T, class S>
 void gram_block(const void* a_rows, int64_t a_count, const void* b_rows, int64_t b_count, int64_t stride, int64_t columns, double* out,
                 int64_t out_stride, void* work) {
-  using S = Compute<T>;
   static_assert(kGramWork >= kGramSums * 8 + 2 * kGramStagedRows * kStagedBytes);
   constexpr int64_t kGroup = 2 * kDotColumns;  // rows of b that stay in L1 while the rows of a pass
   const bool diagonal = !b_rows;

@@ -1,5 +1,5 @@
-// The kernels of a fixed set of gradients G (m, d), without torch. gram.cpp and the like split the work over threads. See gram_, block_inverse_ and
-// inverse_diagonal_cpu_impl.h.
+// The kernels of a fixed set of gradients G (m, d), without torch. gram.cpp and the like split the work over threads. See gram_,
+// block_inverse_ and inverse_diagonal_cpu_impl.h.
 #pragma once
 #include <cstdint>
 
@@ -15,8 +15,9 @@ constexpr int64_t kGramWork = kGramSums * 8 + 2 * kGramStagedRows * 3072;
 struct StaticKernels {
   // out[i, j] = a_i . b_j over `columns` columns; a (a_rows, columns), b (b_rows, columns), at most kGramRows rows each. b null: a with
   // itself, and only j <= i is written. work: kGramWork bytes, aligned to 64.
-  void (*gram_block)(const void* a, int64_t a_rows, const void* b, int64_t b_rows, int64_t stride, int64_t columns, double* out,
-                     int64_t out_stride, void* work);
+  using GramBlock = void(const void* a, int64_t a_rows, const void* b, int64_t b_rows, int64_t stride, int64_t columns, double* out,
+                         int64_t out_stride, void* work);
+  GramBlock *gram_block, *gram_block_in_double;  // the products in Compute<T>, or in float64
 
   // out (n, n) = (damping I + G^T G / count)^-1 for a block G (m, n) of columns. Returns 0, or the order of the leading minor that is
   // not positive, or -1 when the matrix is not finite; out is then NaN. The `ahead` columns after the block are prefetched. work:

@@ -9,8 +9,8 @@
 
 template <class T>
 constexpr StaticKernels static_kernels_of() {
-  return {gram_block<T>,     block_inverse_work<T>,    block_inverse<T>,   packed_transform_bytes<T>,
-          pack_transform<T>, inverse_diagonal_work<T>, inverse_diagonal<T>};
+  return {gram_block<T, Compute<T>>, gram_block<T, double>, block_inverse_work<T>,    block_inverse<T>,
+          packed_transform_bytes<T>, pack_transform<T>,     inverse_diagonal_work<T>, inverse_diagonal<T>};
 }
 constexpr StaticKernels kStaticKernels[kDTypes] = {static_kernels_of<float>(), static_kernels_of<double>(), static_kernels_of<bf16>(),
                                                    static_kernels_of<fp16>()};

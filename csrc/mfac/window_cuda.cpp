@@ -8,10 +8,7 @@
 namespace mfac_kernels {
 namespace {
 
-DeviceRows device_rows(const char* op, const char* name, const Tensor& t) {
-  const Rows rows(op, name, t);
-  return {rows.data, rows.dtype, rows.rows, rows.dim, rows.stride};
-}
+DeviceRows device_rows(const char* op, const char* name, const Tensor& t) { return Rows(op, name, t).on_device(); }
 
 Tensor window_dots_cuda(const Tensor& window, const Tensor& x, int64_t block_size) {
   constexpr const char* op = "window_dots";

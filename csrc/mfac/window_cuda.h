@@ -1,16 +1,9 @@
 // The window passes on the device, without torch. Sizes are in elements; every pointer is a device pointer. See window_kernels.cu.
 #pragma once
 #include "common/launch.h"
-#include "common/types.h"
+#include "mfac/device_rows.h"
 
 namespace mfac_kernels {
-
-// A matrix with contiguous rows.
-struct DeviceRows {
-  void* data;
-  DType dtype;
-  int64_t rows, dim, stride;
-};
 
 // Independent blocks of columns, each cut into segments, whose partial sums are added in order. The cut depends on the shape alone:
 // results are the same bit for bit on every device.

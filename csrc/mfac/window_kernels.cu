@@ -321,17 +321,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks) combine_kernel(const Combin
 
 // ---- launch -----------------------------------------------------------------------------------------------------------------------
 
-// body(T()) for the type of dtype
-template <class Body>
-cudaError_t for_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::f32: return body(float());
-    case DType::f64: return body(double());
-    case DType::bf16: return body(bf16());
-    default: return body(fp16());
-  }
-}
-
 constexpr int kManyVectors = 4;
 int vectors_together(int64_t vectors) { return vectors == 1 ? 1 : kManyVectors; }
 

@@ -16,8 +16,6 @@ from mfac_kernels.fisher._cholesky import append_row, cholesky, diagonal_of, inv
 from mfac_kernels.fisher._rows import Rows
 from mfac_kernels.ops.static import block_gram, block_inverse
 
-_WIDENED = 1 << 22
-
 
 class PrimalBlocks:
     """X (blocks, b, b): b^2 elements a block, in float32, or float64 for float64 gradients."""
@@ -138,17 +136,10 @@ class DualBlocks:
 def gram_of(rows: Rows) -> Tensor:
     """G_b G_b^T for each block -> (blocks, m, m) float64. ValueError if the gradients are not finite.
 
-    In float64 whatever the gradients' dtype, from widened copies of at most ``_WIDENED`` elements (or one block): an
-    error of K is amplified by |g|^2 / (n damping) in every product that follows.
+    In float64 whatever the gradients' dtype: an error of K is amplified by |g|^2 / (n damping) in every product that
+    follows.
     """
-    size = rows.block_size
-    unit = size if rows.block_count > 1 else 1
-    step = max(1, _WIDENED // max(1, rows.count) // unit) * unit
-    grams = []
-    for a, b, page in rows.pages():
-        for start in range(0, b - a, step):
-            part = page[:, start : start + step]
-            grams.append(block_gram(part.to(torch.float64), min(size, part.shape[1])))
+    grams = [block_gram(page, min(rows.block_size, b - a), double_precision=True) for a, b, page in rows.pages()]
     gram = torch.cat(grams) if rows.block_count > 1 else sum(grams[1:], grams[0])
     if not bool(gram.isfinite().all()):
         raise ValueError("grads: expected finite values, got NaN or infinity")

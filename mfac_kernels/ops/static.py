@@ -6,8 +6,9 @@ For gradients G (m, d), damping and n, F = damping I + G^T G / n. By Woodbury, w
     [F^-1]_jj = (1 - sum_i (L^-1 G)_ij^2) / damping          inverse_diagonal
     F_b^-1 = (damping I + G_b^T G_b / n)^-1                  block_inverse, for a block of b <= m coordinates
 
-The rows of ``g`` are contiguous and any distance apart. float32 and narrower gradients are multiplied in float32,
-float64 ones in float64. Results are the same bit for bit whatever the number of threads.
+The rows of ``g`` are contiguous and any distance apart. float32 and narrower gradients are multiplied in float32
+(unless asked otherwise), float64 ones in float64. Results are the same bit for bit whatever the number of threads,
+and on a GPU from run to run; nothing synchronises with it.
 
 Source: Frantar, Kurtic, Alistarh, "M-FAC: Efficient Matrix-Free Approximations of Second-Order Information",
 NeurIPS 2021.
@@ -28,19 +29,20 @@ __all__ = ["block_gram", "block_inverse", "gram", "inverse_diagonal"]
 _ops = torch.ops.mfac_kernels
 
 
-def gram(g: Tensor) -> Tensor:
+def gram(g: Tensor, *, double_precision: bool = False) -> Tensor:
     """``g @ g.T``: g (m, d), any floating dtype -> (m, m) float64, exactly symmetric.
 
     Short sums in the type of the products are added up in float64: for float32 and narrower the error is about 1e-8 in
-    norm and a few 1e-8 of ``|g| @ |g|.T`` in the worst entry, however large d is.
+    norm and a few 1e-8 of ``|g| @ |g|.T`` in the worst entry, however large d is. With ``double_precision`` the
+    products are in float64 whatever g's dtype: the error is then d times float64's eps at most.
     """
-    s: Tensor = _ops.gram(g)
+    s: Tensor = _ops.gram(g, double_precision)
     return s
 
 
-def block_gram(g: Tensor, block_size: int) -> Tensor:
+def block_gram(g: Tensor, block_size: int, *, double_precision: bool = False) -> Tensor:
     """:func:`gram` of each block of ``block_size`` columns, the last one ragged: (m, d) -> (blocks, m, m) float64."""
-    s: Tensor = _ops.block_gram(g, block_size)
+    s: Tensor = _ops.block_gram(g, block_size, double_precision)
     return s
 
 
@@ -81,13 +83,13 @@ def _blocks(op: str, g: Tensor, block_size: int) -> int:
 
 
 @torch.library.register_fake("mfac_kernels::gram")
-def _(g: Tensor) -> Tensor:
+def _(g: Tensor, double_precision: bool) -> Tensor:
     check_rows("gram", "g", g)
     return g.new_empty(g.shape[0], g.shape[0], dtype=torch.float64)
 
 
 @torch.library.register_fake("mfac_kernels::block_gram")
-def _(g: Tensor, block_size: int) -> Tensor:
+def _(g: Tensor, block_size: int, double_precision: bool) -> Tensor:
     op = "block_gram"
     check_rows(op, "g", g)
     return g.new_empty(_blocks(op, g, block_size), g.shape[0], g.shape[0], dtype=torch.float64)

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mfac_kernels as mk
 from mfac_kernels import ops
 from mfac_kernels.reference import static as reference
 from mfac_kernels.reference import window as dense
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPS = {dtype: torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps for dtype in DTYPES}
+SIMT = mk.build_info()["simt"]  # interpreted: smaller sizes, every path
 STAGED = 768  # float32 columns that the Gram kernel takes at a time; half of it in float64
 
 dtypes = st.sampled_from(DTYPES)
@@ -24,83 +26,115 @@ columns = st.one_of(
 seeds = st.integers(0, 2**31)
 
 
-def random(shape: tuple[int, int], dtype: torch.dtype, seed: int) -> Tensor:
+def random(shape: tuple[int, int], dtype: torch.dtype, seed: int, device: str = "cpu") -> Tensor:
     """Normal entries; often a view of the middle of a wider tensor."""
     left, right = seed % 3, seed % 5
     wide = torch.randn(shape[0], left + shape[1] + right, generator=torch.Generator().manual_seed(seed))
-    return wide.to(dtype)[:, left : left + shape[1]]
+    return wide.to(device, dtype)[:, left : left + shape[1]]
 
 
 def assert_within(got: Tensor, want: Tensor, bound: Tensor | float) -> None:
     assert got.shape == want.shape
-    error = (got.double() - want).abs()
+    error = (got.cpu().double() - want).abs()
     assert bool((error <= bound).all()), f"{error.max():g} where {bound} is allowed"
 
 
-def gram_bound(g: Tensor) -> Tensor:
-    """A sum of products in working precision is at most a staged row over the lanes long (96 for 8 of float32), then
-    folded over the lanes; sums of those in float64: c terms eps |G| |G|^T with c = 1 (each rounding is eps / 2)."""
-    terms = 2 * g.shape[1] if g.dtype == torch.float64 else min(g.shape[1], 96) + 8
-    return EPS[g.dtype] * (terms + 4) * (g.double().abs() @ g.double().abs().mT)
+def gram_bound(g: Tensor, double_precision: bool) -> Tensor:
+    """A sum of products in working precision is at most 128 columns long, folded over lanes; sums of those in float64:
+    c terms eps |G| |G|^T with c = 1 (each rounding is eps / 2)."""
+    double = double_precision or g.dtype == torch.float64
+    eps = EPS[torch.float64 if double else g.dtype]
+    terms = 2 * g.shape[1] if double else min(g.shape[1], 128) + 8
+    return eps * (terms + 4) * (g.double().abs() @ g.double().abs().mT)
 
 
-@given(m=rows, d=columns, dtype=dtypes, seed=seeds)
-def test_gram(m, d, dtype, seed, instruction_set):
-    g = random((m, d), dtype, seed)
-    got = ops.gram(g)
+def assert_gram(g: Tensor, double_precision: bool) -> None:
+    got, g = ops.gram(g, double_precision=double_precision), g.cpu()
     assert got.dtype == torch.float64
     assert torch.equal(got, got.mT)
-    assert_within(got, reference.gram(g), gram_bound(g))
+    assert_within(got, reference.gram(g), gram_bound(g, double_precision))
+
+
+@given(m=rows, d=columns, dtype=dtypes, double_precision=st.booleans(), seed=seeds)
+def test_gram(m, d, dtype, double_precision, seed, device, instruction_set):
+    assert_gram(random((m, d), dtype, seed, device), double_precision)
 
 
 # Several row blocks; several segments of columns; both.
+@pytest.mark.parametrize("double_precision", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "d"), [(257, 5), (530, 40), (3, 20_001), (260, 8_200)])
-def test_gram_in_parts(m, d, dtype, instruction_set):
-    g = random((m, d), dtype, 1)
-    got = ops.gram(g)
+@pytest.mark.parametrize(
+    ("m", "d"), [(129, 5), (140, 4_100), (64, 2_049)] if SIMT else [(257, 5), (530, 40), (3, 20_001), (260, 8_200)]
+)
+def test_gram_in_parts(m, d, dtype, double_precision, device, instruction_set):
+    assert_gram(random((m, d), dtype, 1, device), double_precision)
+
+
+@pytest.mark.parametrize(("double_precision", "tolerance"), [(False, 2e-8), (True, 200_000 * 2.0**-53)])
+def test_gram_is_accurate(double_precision, tolerance, device, instruction_set):
+    g = random((4 if SIMT else 16, 200_000), torch.float32, 0, device) + 0.1
+    want = reference.gram(g.cpu())
+    got = ops.gram(g, double_precision=double_precision).cpu()
+    assert float((got - want).norm() / want.norm()) <= tolerance
+
+
+@given(
+    m=st.integers(0, 12),
+    d=st.integers(0, 200),
+    block=st.integers(1, 90),
+    dtype=dtypes,
+    double_precision=st.booleans(),
+    seed=seeds,
+)
+def test_block_gram(m, d, block, dtype, double_precision, seed, device, instruction_set):
+    g = random((m, d), dtype, seed, device)
+    got = ops.block_gram(g, block, double_precision=double_precision)
     assert torch.equal(got, got.mT)
-    assert_within(got, reference.gram(g), gram_bound(g))
-
-
-def test_gram_is_accurate_to_1e_8(instruction_set):
-    g = random((16, 200_000), torch.float32, 0) + 0.1
-    want = reference.gram(g)
-    assert float((ops.gram(g) - want).norm() / want.norm()) <= 2e-8
-
-
-@given(m=st.integers(0, 12), d=st.integers(0, 200), block=st.integers(1, 90), dtype=dtypes, seed=seeds)
-def test_block_gram(m, d, block, dtype, seed, instruction_set):
-    g = random((m, d), dtype, seed)
-    got = ops.block_gram(g, block)
-    assert torch.equal(got, got.mT)
-    assert_within(got, reference.block_gram(g, block), gram_bound(g))
     if d:
-        assert torch.equal(ops.block_gram(g, d), ops.gram(g)[None])
+        whole = ops.gram(g, double_precision=double_precision)
+        assert torch.equal(ops.block_gram(g, d, double_precision=double_precision), whole[None])
+    g = g.cpu()
+    assert_within(got, reference.block_gram(g, block), gram_bound(g, double_precision))
 
 
-def test_rows_far_apart():
+def test_rows_far_apart(device):
     """Offsets beyond 2^31; the memory between the rows is never touched."""
-    far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 50), (2**31 + 5, 1))
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device).as_strided((2, 50), (2**31 + 5, 1))
     far.copy_(random((2, 50), torch.bfloat16, 0))
     near = far.contiguous()
     assert torch.equal(ops.gram(far), ops.gram(near))
-    transform = reference.inverse_transform(near, 1.0)
+    transform = reference.inverse_transform(near.cpu(), 1.0).to(device)
     assert torch.equal(ops.inverse_diagonal(far, transform, 1.0), ops.inverse_diagonal(near, transform, 1.0))
     assert torch.equal(ops.block_inverse(far, 20, 1.0, 2.0)[0], ops.block_inverse(near, 20, 1.0, 2.0)[0])
 
 
+def diagonal_bound(g: Tensor, transform: Tensor, damping: float) -> Tensor:
+    """y = T G: dot products of m terms, T rounded once; then y^2, 32 of them summed in working precision."""
+    eps, y = EPS[g.dtype], (transform @ g.double()).abs()
+    error = (len(g) + 2) * eps * (transform.abs() @ g.double().abs())
+    bound: Tensor = ((2 * y * error + error**2 + 34 * eps * y**2).sum(0) + 4 * eps) / damping
+    return bound
+
+
 @given(m=rows, d=columns, damping=st.sampled_from([1e-2, 1.0, 30.0]), dtype=dtypes, seed=seeds)
-def test_inverse_diagonal(m, d, damping, dtype, seed, instruction_set):
+def test_inverse_diagonal(m, d, damping, dtype, seed, device, instruction_set):
     g = random((m, d), dtype, seed)
     transform = reference.inverse_transform(g, damping)
-    got = ops.inverse_diagonal(g, transform + torch.ones(m, m).triu(1), damping)  # the upper half is not read
+    upper = torch.full((m, m), float("nan")).triu(1)  # which is not read
+    got = ops.inverse_diagonal(random((m, d), dtype, seed, device), (transform + upper).to(device), damping)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     want = reference.inverse_diagonal(g, transform, damping)
-    # y = T G: dot products of m terms, T rounded once; then y^2, 32 of them summed in working precision.
-    eps, y = EPS[dtype], (transform @ g.double()).abs()
-    error = (m + 2) * eps * (transform.abs() @ g.double().abs())
-    assert_within(got, want, ((2 * y * error + error**2 + 34 * eps * y**2).sum(0) + 4 * eps) / damping)
+    assert_within(got, want, diagonal_bound(g, transform, damping))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inverse_diagonal_in_parts(dtype, device, instruction_set):
+    """Several tiles of the transform's rows, of the columns, and the last ones ragged."""
+    m, d, damping = 270, 150, 1.0
+    g = random((m, d), dtype, 7)
+    transform = reference.inverse_transform(g, damping)
+    got = ops.inverse_diagonal(random((m, d), dtype, 7, device), transform.to(device), damping)
+    assert_within(got, reference.inverse_diagonal(g, transform, damping), diagonal_bound(g, transform, damping))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -215,13 +249,14 @@ def test_overflow_is_not_finite(instruction_set):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype, threads, instruction_set):
-    g = random((270, 9_000), dtype, 0)
+    g = random((70, 2_500) if SIMT else (270, 9_000), dtype, 0)
     few = g[:30]
     transform = reference.inverse_transform(few, 1.0)
 
     def results() -> list[Tensor]:
         return [
             ops.gram(g),
+            ops.gram(g, double_precision=True),
             ops.block_gram(few, 700),
             ops.inverse_diagonal(few, transform, 1.0),
             *ops.block_inverse(few, 65, 1.0, 30.0),
@@ -235,13 +270,13 @@ def test_same_bits_for_any_number_of_threads(dtype, threads, instruction_set):
             assert torch.equal(got, want)
 
 
-def samples(dtype: torch.dtype) -> list[tuple[str, tuple[object, ...]]]:
-    g = random((6, 20), dtype, 4)
-    transform = reference.inverse_transform(g, 0.1)
+def samples(dtype: torch.dtype, device: str) -> list[tuple[str, tuple[object, ...]]]:
+    g = random((6, 20), dtype, 4, device)
+    transform = reference.inverse_transform(g.cpu(), 0.1).to(device)
     return [
-        ("gram", (g,)),
-        ("gram", (g[:, :0],)),
-        ("block_gram", (g, 7)),
+        ("gram", (g, False)),
+        ("gram", (g[:, :0], True)),
+        ("block_gram", (g, 7, True)),
         ("inverse_diagonal", (g, transform, 0.1)),
         ("block_inverse", (g, 7, 0.1, 6.0)),
         ("block_inverse", (g[:, :0], 7, 0.1, 6.0)),
@@ -249,8 +284,8 @@ def samples(dtype: torch.dtype) -> list[tuple[str, tuple[object, ...]]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_opcheck(dtype):
-    for name, arguments in samples(dtype):
+def test_opcheck(dtype, device):
+    for name, arguments in samples(dtype, device):
         torch.library.opcheck(getattr(torch.ops.mfac_kernels, name).default, arguments)
 
 
@@ -270,11 +305,11 @@ G = torch.zeros(3, 5)
 T = torch.zeros(3, 3, dtype=torch.float64)
 FLOATS = "expected float32, float64, bfloat16 or float16, got"
 BAD = [
-    ("gram", (G[0],), r"g: expected 2 dimensions, got shape \(5,\)"),
-    ("gram", (G.mT,), r"g: expected contiguous rows, got stride 5"),
-    ("gram", (G.int(),), rf"g: {FLOATS} Int"),
-    ("block_gram", (G, 0), r"block_size: expected at least 1, got 0"),
-    ("block_gram", (G[None], 1), r"g: expected 2 dimensions, got shape \(1, 3, 5\)"),
+    ("gram", (G[0], False), r"g: expected 2 dimensions, got shape \(5,\)"),
+    ("gram", (G.mT, False), r"g: expected contiguous rows, got stride 5"),
+    ("gram", (G.int(), False), rf"g: {FLOATS} Int"),
+    ("block_gram", (G, 0, False), r"block_size: expected at least 1, got 0"),
+    ("block_gram", (G[None], 1, False), r"g: expected 2 dimensions, got shape \(1, 3, 5\)"),
     ("inverse_diagonal", (G, T[:2], 1.0), r"transform: expected shape \(3, 3\), got \(2, 3\)"),
     ("inverse_diagonal", (G, T.float(), 1.0), r"transform: expected Double, got Float"),
     ("inverse_diagonal", (G, T.mT[:, [0, 1, 2]].mT, 1.0), r"transform: expected a contiguous tensor"),
