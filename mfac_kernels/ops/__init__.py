@@ -1,5 +1,15 @@
 """The kernels as torch ops: argument checks, dispatch, fake implementations; nothing else."""
 
+from mfac_kernels.ops.block_diagonal import block_diagonal_matmul, diagonal_blocks, matmul_block_diagonal
+from mfac_kernels.ops.cholesky import (
+    cholesky_factor,
+    cholesky_factor_ex,
+    cholesky_inverse,
+    cholesky_inverse_ex,
+    cholesky_solve,
+    grouped_cholesky_inverse_ex,
+)
+from mfac_kernels.ops.cholesky_robust import RobustInverse, robust_cholesky_inverse
 from mfac_kernels.ops.conv_lags import conv2d_expand_, conv2d_lags_, conv2d_lags_size
 from mfac_kernels.ops.kronecker import (
     conv1d_factor_,
@@ -20,8 +30,15 @@ from mfac_kernels.ops.window import (
 )
 
 __all__ = [
+    "RobustInverse",
+    "block_diagonal_matmul",
     "block_gram",
     "block_inverse",
+    "cholesky_factor",
+    "cholesky_factor_ex",
+    "cholesky_inverse",
+    "cholesky_inverse_ex",
+    "cholesky_solve",
     "conv1d_factor_",
     "conv2d_expand_",
     "conv2d_factor_",
@@ -32,10 +49,14 @@ __all__ = [
     "core_refactor_",
     "core_solve",
     "cross_factor",
+    "diagonal_blocks",
     "embedding_factor_",
     "gram",
+    "grouped_cholesky_inverse_ex",
     "inverse_diagonal",
     "linear_factor_",
+    "matmul_block_diagonal",
+    "robust_cholesky_inverse",
     "window_combine",
     "window_dots",
     "window_insert_",

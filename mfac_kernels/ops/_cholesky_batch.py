@@ -1,0 +1,105 @@
+"""Batches of blocks as the Cholesky ops take them: broadcast with their damping, which is a float64 tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mfac_kernels.ops._checks import FLOATS, shape_text, type_text
+
+Damping = float | Tensor
+_EXPECTED = "float32, float64, bfloat16 or float16"
+
+
+class Batch:
+    """One batch as the kernels take it: blocks and damping broadcast, what to compute in, where the result goes."""
+
+    def __init__(
+        self,
+        op: str,
+        name: str,
+        blocks: Tensor,
+        damping: Damping,
+        out: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if blocks.dim() < 2:
+            raise RuntimeError(f"{op}: {name}: expected shape (..., n, n), got {shape_text(blocks.shape)}")
+        if blocks.dtype not in FLOATS:
+            raise RuntimeError(f"{op}: {name}: expected {_EXPECTED}, got {type_text(blocks.dtype)}")
+        self.shape = blocks.shape[:-2]  # (...)
+        if not isinstance(damping, Tensor):
+            self.damping = torch.full((1,), damping, dtype=torch.float64, device=blocks.device)
+        elif damping.dim() == 0:
+            self.damping = damping.to(torch.float64).view(1)
+        else:
+            self.shape = broadcast(op, "damping", damping.shape, self.shape)
+            blocks = blocks.expand(*self.shape, *blocks.shape[-2:])
+            self.damping = damping.to(torch.float64).expand(self.shape).reshape(-1).contiguous()
+        self.blocks = blocks
+        self.out = out
+        if out is not None:
+            if out.shape != blocks.shape:
+                wanted, got = shape_text(blocks.shape), shape_text(out.shape)
+                raise RuntimeError(f"{op}: out: expected shape {wanted}, got {got}")
+            if dtype is not None and dtype != out.dtype:
+                wanted, got = type_text(out.dtype), type_text(dtype)
+                raise RuntimeError(f"{op}: dtype: expected {wanted}, as out is, got {got}")
+            dtype = out.dtype
+        self.dtype = dtype or torch.promote_types(blocks.dtype, torch.float32)
+        if self.dtype not in FLOATS:
+            raise RuntimeError(f"{op}: dtype: expected {_EXPECTED}, got {type_text(self.dtype)}")
+        self.compute_dtype = torch.promote_types(torch.promote_types(self.dtype, blocks.dtype), torch.float32)
+
+    def buffer(self) -> Tensor:
+        """Where the kernels write: out if they can, else a new tensor."""
+        if self.out is not None and self.out.dtype == self.compute_dtype:
+            return self.out
+        return torch.empty(self.blocks.shape, dtype=self.compute_dtype, device=self.blocks.device)
+
+    def finish(self, result: Tensor) -> Tensor:
+        """The result in the dtype and the place asked for."""
+        if self.out is None:
+            return result.to(self.dtype)
+        return self.out if result is self.out else self.out.copy_(result)
+
+
+def prepare(
+    op: str, batches: Sequence[Tensor], damping: Damping | Sequence[Damping], dtype: torch.dtype | None = None
+) -> list[Batch]:
+    """The batches of a list, with one damping for all or one for each."""
+    if isinstance(damping, Sequence):
+        count = len(batches)
+        if len(damping) != count:
+            raise RuntimeError(f"{op}: damping: expected {count}, one per batch, got {len(damping)}")
+        dampings = damping
+    else:
+        if batches and not isinstance(damping, Tensor):  # made once for all
+            damping = torch.full((), damping, dtype=torch.float64, device=batches[0].device)
+        dampings = [damping] * len(batches)
+    return [
+        Batch(op, f"batches[{i}]", blocks, shift, dtype=dtype)
+        for i, (blocks, shift) in enumerate(zip(batches, dampings, strict=True))
+    ]
+
+
+def per_batch(values: Tensor, batches: Sequence[Batch]) -> list[Tensor]:
+    """A value per block, batch after batch, as a view for each batch."""
+    parts = values.split_with_sizes([batch.shape.numel() for batch in batches])
+    return [part.view(batch.shape) for part, batch in zip(parts, batches, strict=True)]
+
+
+def refuse_gradients(op: str, *tensors: Tensor) -> None:
+    """What has no derivative says so, rather than cut the graph in silence."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError(f"{op}: not differentiable: expected tensors that require no gradient, or torch.no_grad()")
+
+
+def broadcast(op: str, name: str, shape: torch.Size, batch: torch.Size) -> torch.Size:
+    try:
+        return torch.Size(torch.broadcast_shapes(shape, batch))  # type: ignore[no-untyped-call]
+    except RuntimeError:
+        message = f"{op}: {name}: expected a batch that broadcasts with {shape_text(batch)}, got {shape_text(shape)}"
+        raise RuntimeError(message) from None
