@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Produ
       const bool more = chunk + 1 < chunks;
       if (more) load(chunk + 1);
       const auto from = stage + chunk % 2 * 2 * kDepth * kStride;
-#pragma unroll
+#pragma unroll 1  // more would not fit the registers; other warps hide the latency
       for (int k = 0; k < kDepth; ++k) {
         Pack<A, kWide> left[kPer / kWide], right[kPer / kWide];
 #pragma unroll
