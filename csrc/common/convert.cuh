@@ -74,6 +74,13 @@ __device__ __forceinline__ Pack<T, n> load_pack(const T* p) {
   }
   return pack;
 }
+template <class T, int n>
+__device__ __forceinline__ void store_pack(const Pack<T, n>& pack, T* p) {
+  static_assert(sizeof(pack) == 16);
+  uint4 words;
+  memcpy(&words, &pack, sizeof(pack));
+  *reinterpret_cast<uint4*>(p) = words;
+}
 #if defined(MFAC_KERNELS_SIMT)
 template <class T, int n>
 Pack<T, n> load_pack(Shared<T> p, simt::Location where = simt::Location::current()) {
