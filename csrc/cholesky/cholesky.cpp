@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cholesky/checks.h"
@@ -18,19 +19,19 @@ namespace {
 
 Matrix matrix(const Batch& batch, int64_t b) { return {batch.at(b), batch.dtype, batch.row_stride, batch.column_stride}; }
 
-// Blocks [begin, end) of a batch
+// A piece of work for one thread: items [begin, end) of a list
 struct Task {
-  size_t batch;
+  size_t list;
   int64_t begin, end;
   double cost;
 };
 
-// Batches of `count(i)` blocks of `cost(i)` each in tasks that are worth their dispatch, the costliest first.
+// Lists of `count(i)` items of `cost(i)` flops each in tasks that are worth their dispatch, the costliest first.
 template <class Count, class Cost>
-std::vector<Task> tasks_of(size_t batches, const Count& count, const Cost& cost) {
-  constexpr double kBundle = 4e6;  // flops
+std::vector<Task> tasks_of(size_t lists, const Count& count, const Cost& cost) {
+  constexpr double kBundle = 4e6;
   std::vector<Task> tasks;
-  for (size_t i = 0; i < batches; ++i) {
+  for (size_t i = 0; i < lists; ++i) {
     const int64_t run = std::max<int64_t>(1, static_cast<int64_t>(kBundle / (1 + cost(i))));
     for (int64_t b = 0; b < count(i); b += run) {
       const int64_t end = std::min(count(i), b + run);
@@ -43,42 +44,98 @@ std::vector<Task> tasks_of(size_t batches, const Count& count, const Cost& cost)
 
 double cube(int64_t n) { return static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(n); }
 
-// kernel(kernels, block, n, damping, out) -> code, for every block
-template <class Kernel>
-Tensor for_each_block(const char* op, const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
-                      const std::optional<Tensor>& only, const Kernel& kernel) {
+// The blocks of all batches that have one size and one type of result
+struct SizeClass {
+  int64_t n;
+  DType dtype;
+  std::vector<const DampedBatch*> batches;
+  std::vector<int64_t> firsts;  // of each batch, among the blocks of this class
+  int64_t count = 0;
+
+  // The first one's batch, then its place there
+  std::pair<size_t, int64_t> find(int64_t block) const {
+    const auto batch = static_cast<size_t>(std::upper_bound(firsts.begin(), firsts.end(), block) - firsts.begin() - 1);
+    return {batch, block - firsts[batch]};
+  }
+};
+
+std::vector<SizeClass> size_classes(const std::vector<DampedBatch>& batches) {
+  std::vector<SizeClass> classes;
+  for (const DampedBatch& batch : batches) {
+    if (batch.blocks.count == 0) continue;
+    auto same = std::find_if(classes.begin(), classes.end(),
+                             [&](const SizeClass& c) { return c.n == batch.blocks.rows && c.dtype == batch.out.dtype; });
+    if (same == classes.end()) same = classes.insert(classes.end(), SizeClass{batch.blocks.rows, batch.out.dtype, {}, {}});
+    same->batches.push_back(&batch);
+    same->firsts.push_back(same->count);
+    same->count += batch.blocks.count;
+  }
+  return classes;
+}
+
+// Fewer blocks than this are faster one by one than interleaved.
+int64_t fewest_interleaved(int64_t n, int64_t lanes) { return n <= kInterleaved ? std::max<int64_t>(2, lanes / 4) : lanes + 1; }
+
+struct Kernel {
+  int64_t (*work)(int64_t n);
+  void (*run)(const Job&, int64_t n, void* work);
+  void (*run_lanes)(const Job*, int64_t count, int64_t n, void* work);
+};
+
+// Every block of every batch; returns their codes.
+template <class Choose>
+Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
+                  const std::optional<Tensor>& only, const Choose& choose) {
   const std::vector<DampedBatch> batches = check_damped_batches(op, out, blocks, damping, only);
   check(!blocks.empty(), op, ": blocks: expected at least one tensor");
   Tensor info = torch::stable::new_empty(blocks[0], {block_count(batches)}, ScalarType::Int);
   auto* codes = static_cast<int32_t*>(info.mutable_data_ptr());
   const auto* chosen = only ? static_cast<const int32_t*>(only->const_data_ptr()) : nullptr;
-  const auto tasks =
-      tasks_of(batches.size(), [&](size_t i) { return batches[i].blocks.count; }, [&](size_t i) { return cube(batches[i].blocks.rows); });
+  const std::vector<SizeClass> classes = size_classes(batches);
+  // Items are groups of blocks, as many as there are lanes.
+  const auto tasks = tasks_of(
+      classes.size(),
+      [&](size_t i) {
+        const int64_t lanes = classes[i].n <= kInterleaved ? cholesky_kernels(classes[i].dtype).lanes : 1;
+        return (classes[i].count + lanes - 1) / lanes;
+      },
+      [&](size_t i) { return cube(classes[i].n) * static_cast<double>(classes[i].n <= kInterleaved ? kMaxLanes : 1); });
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
-    const Task& task = tasks[t];
-    const DampedBatch& batch = batches[task.batch];
-    for (int64_t b = task.begin; b < task.end; ++b) {
-      int32_t& code = codes[batch.first + b];
-      code = chosen && !chosen[batch.first + b] ? 0
-                                                : kernel(cholesky_kernels(batch.out.dtype), matrix(batch.blocks, b), batch.blocks.rows,
-                                                         batch.damping[b * batch.damping_stride], matrix(batch.out, b));
+    const SizeClass& of = classes[tasks[t].list];
+    const CholeskyKernels& kernels = cholesky_kernels(of.dtype);
+    const Kernel kernel = choose(kernels);
+    const int64_t lanes = of.n <= kInterleaved ? kernels.lanes : 1;
+    const int64_t end = std::min(of.count, tasks[t].end * lanes);
+    auto [batch, b] = of.find(tasks[t].begin * lanes);
+    for (int64_t first = tasks[t].begin * lanes; first < end; first += lanes) {
+      const int64_t group = std::min(lanes, end - first);
+      Job jobs[kMaxLanes];
+      int64_t count = 0;
+      for (int64_t i = 0; i < group; ++i, ++b) {
+        while (b == of.batches[batch]->blocks.count) ++batch, b = 0;
+        const DampedBatch& from = *of.batches[batch];
+        codes[from.first + b] = 0;
+        if (!chosen || chosen[from.first + b])
+          jobs[count++] = {matrix(from.blocks, b), matrix(from.out, b), from.damping[b * from.damping_stride], &codes[from.first + b]};
+      }
+      if (group >= fewest_interleaved(of.n, kernels.lanes)) {
+        if (count > 0) kernel.run_lanes(jobs, count, of.n, scratch(kernels.lanes_work(of.n)));
+      } else {
+        for (int64_t i = 0; i < count; ++i) kernel.run(jobs[i], of.n, scratch(kernel.work(of.n)));
+      }
     }
   });
   return info;
 }
 
 Tensor cholesky_inverse_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
-  return for_each_block("cholesky_inverse_", out, blocks, damping, only,
-                        [](const CholeskyKernels& kernels, const Matrix& block, int64_t n, double shift, const Matrix& to) {
-                          return kernels.inverse(block, n, shift, to, scratch(kernels.inverse_work(n)));
-                        });
+  return run_blocks("cholesky_inverse_", out, blocks, damping, only,
+                    [](const CholeskyKernels& k) { return Kernel{k.inverse_work, k.inverse, k.inverse_lanes}; });
 }
 
 Tensor cholesky_factor_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
-  return for_each_block("cholesky_factor_", out, blocks, damping, only,
-                        [](const CholeskyKernels& kernels, const Matrix& block, int64_t n, double shift, const Matrix& to) {
-                          return kernels.factor(block, n, shift, to, scratch(kernels.factor_work(n)));
-                        });
+  return run_blocks("cholesky_factor_", out, blocks, damping, only,
+                    [](const CholeskyKernels& k) { return Kernel{k.factor_work, k.factor, k.factor_lanes}; });
 }
 
 void cholesky_solve_(std::vector<Tensor> x, std::vector<Tensor> factors) {
@@ -91,7 +148,7 @@ void cholesky_solve_(std::vector<Tensor> x, std::vector<Tensor> factors) {
       });
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
     const Task& task = tasks[t];
-    const SolveBatch& batch = batches[task.batch];
+    const SolveBatch& batch = batches[task.list];
     const CholeskyKernels& kernels = cholesky_kernels(batch.x.dtype);
     for (int64_t b = task.begin; b < task.end; ++b)
       kernels.solve(matrix(batch.factors, b), batch.x.rows, matrix(batch.x, b), batch.x.columns, scratch(kernels.solve_work(batch.x.rows)));

@@ -13,17 +13,32 @@ struct Matrix {
   int64_t row_stride, column_stride;
 };
 
-// Kernels that compute in float32 or in float64. Returned: 0, or the order of the leading minor that is not positive, or -1 when the
-// block or its damping is not finite; out is then NaN. Of `block` the lower triangle is read, before anything is written: out may be the
-// same memory. work: `..._work(n)` bytes, aligned to 64.
-struct CholeskyKernels {
-  // out (n, n) = (block + damping I)^-1, both triangles, exactly symmetric
-  int64_t (*inverse_work)(int64_t n);
-  int32_t (*inverse)(const Matrix& block, int64_t n, double damping, const Matrix& out, void* work);
+// A block to be inverted or factored. Of `block` the lower triangle is read, all of it before anything is written: out may be its memory.
+struct Job {
+  Matrix block, out;  // (n, n)
+  double damping;
+  int32_t* info;  // set to 0; or the order of the leading minor that is not positive; or -1: the block or its damping is not finite
+};
 
-  // out (n, n) = L of L L^T = block + damping I; zero above the diagonal
+// The interleaved kernels take up to `lanes` blocks at once, for n up to kInterleaved.
+constexpr int64_t kInterleaved = 64, kMaxLanes = 16;
+
+// Kernels that compute in float32 or in float64. What they write is NaN if a block fails. work: `..._work(n)` bytes, aligned to 64.
+struct CholeskyKernels {
+  int64_t lanes;
+
+  // out = (block + damping I)^-1, both triangles, exactly symmetric
+  int64_t (*inverse_work)(int64_t n);
+  void (*inverse)(const Job&, int64_t n, void* work);
+
+  // out = L of L L^T = block + damping I; zero above the diagonal
   int64_t (*factor_work)(int64_t n);
-  int32_t (*factor)(const Matrix& block, int64_t n, double damping, const Matrix& out, void* work);
+  void (*factor)(const Job&, int64_t n, void* work);
+
+  // The same for `count` <= lanes blocks
+  int64_t (*lanes_work)(int64_t n);
+  void (*inverse_lanes)(const Job*, int64_t count, int64_t n, void* work);
+  void (*factor_lanes)(const Job*, int64_t count, int64_t n, void* work);
 
   // x (n, columns) <- (L L^T)^-1 x
   int64_t (*solve_work)(int64_t n);

@@ -1,12 +1,15 @@
 // Read once per instruction set (common/for_each_isa.h). Each paragraph uses what the ones above it define.
 #include "common/syrk_impl.h"
 
+#include "cholesky/matrix_cpu_impl.h"
 #include "cholesky/spd_inverse_cpu_impl.h"
 
+#include "cholesky/interleaved_cpu_impl.h"
 #include "cholesky/single_cpu_impl.h"
 
 template <class S>
 constexpr CholeskyKernels cholesky_kernels_of() {
-  return {inverse_work<S>, inverse<S>, factor_work<S>, factor<S>, solve_work<S>, solve<S>};
+  return {kLanesOf<S>,   inverse_work<S>,  inverse<S>,           factor_work<S>, factor<S>,
+          lanes_work<S>, inverse_lanes<S>, factor_jobs_lanes<S>, solve_work<S>,  solve<S>};
 }
 constexpr CholeskyKernels kCholeskyKernels[] = {cholesky_kernels_of<float>(), cholesky_kernels_of<double>()};

@@ -5,57 +5,22 @@
 
 // ---- between matrices and tiles -------------------------------------------------------------------------------------------------
 
-// out[0, n) = p[0, n) as S, and zero up to a tile's width
-template <class S, class T>
-MFAC_INLINE void widen_to_tile(const T* p, int64_t n, S* out) {
-  if constexpr (sizeof(S) == sizeof(Compute<T>)) {
-    widen_row(p, n, out, kTile<S>);
-  } else {
-    for (int64_t c = 0; c < kTile<S>; c += kLanes)
-      store(out + c, n - c >= kLanes ? widen(p + c) : widen_first(p + (c < n ? c : 0), c < n ? n - c : 0));
-  }
-}
-
-template <class S, class T>
-void load_tile_of(const T* from, int64_t row_stride, int64_t column_stride, int64_t height, int64_t width, S* tile) {
-  T gathered[kTile<S>];
-  for (int64_t r = 0; r < height; ++r) {
-    const T* row = from + r * row_stride;
-    if (column_stride != 1) {
-      for (int64_t c = 0; c < width; ++c) gathered[c] = row[c * column_stride];
-      row = gathered;
-    }
-    widen_to_tile(row, width, tile + r * kTile<S>);
-  }
-  __builtin_memset(tile + height * kTile<S>, 0, (kTile<S> - height) * kTile<S> * sizeof(S));
-}
-
 // tile = x[row :, column :] of a matrix (rows, columns), zero past its end
 template <class S>
 __attribute__((noinline)) void load_tile(const Matrix& x, int64_t rows, int64_t columns, int64_t row, int64_t column, S* tile) {
   const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
-  const int64_t offset = row * x.row_stride + column * x.column_stride;
-  const auto as = [&]<class T>(const T* data) { load_tile_of(data + offset, x.row_stride, x.column_stride, height, width, tile); };
-  switch (x.dtype) {
-    case DType::f32: as(static_cast<const float*>(x.data)); break;
-    case DType::f64:
-      if constexpr (sizeof(S) == sizeof(double)) as(static_cast<const double*>(x.data));
-      break;
-    case DType::bf16: as(static_cast<const bf16*>(x.data)); break;
-    case DType::fp16: as(static_cast<const fp16*>(x.data)); break;
-  }
+  with_type<S>(x, [&](const auto* data) {
+    data += row * x.row_stride + column * x.column_stride;
+    for (int64_t r = 0; r < height; ++r) load_row(data + r * x.row_stride, x.column_stride, width, kTile<S>, tile + r * kTile<S>);
+  });
+  __builtin_memset(tile + height * kTile<S>, 0, (kTile<S> - height) * kTile<S> * sizeof(S));
 }
 
 template <class S>
 __attribute__((noinline)) void store_tile(const S* tile, const Matrix& x, int64_t rows, int64_t columns, int64_t row, int64_t column) {
   const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
-  for (int64_t r = 0; r < height; ++r, tile += kTile<S>) {
-    S* to = static_cast<S*>(x.data) + (row + r) * x.row_stride + column * x.column_stride;
-    if (x.column_stride == 1)
-      __builtin_memcpy(to, tile, width * sizeof(S));
-    else
-      for (int64_t c = 0; c < width; ++c) to[c * x.column_stride] = tile[c];
-  }
+  S* to = static_cast<S*>(x.data) + row * x.row_stride + column * x.column_stride;
+  for (int64_t r = 0; r < height; ++r) store_row(tile + r * kTile<S>, width, x.column_stride, to + r * x.row_stride);
 }
 
 // The tiles of block + damping I (spd_inverse_cpu_impl.h), from its lower triangle. Returns whether all is finite.
@@ -73,15 +38,6 @@ bool load_spd_tiles(const Matrix& block, int64_t n, double damping, S* tiles, S*
   return spd_prepare(tiles, n, static_cast<S>(damping));
 }
 
-template <class S>
-int32_t fill_failed(const Matrix& out, int64_t n, int64_t info) {
-  S tile[kTileArea<S>];
-  for (S& x : tile) x = static_cast<S>(__builtin_nan(""));
-  for (int64_t i = 0; i < n; i += kTile<S>)
-    for (int64_t j = 0; j < n; j += kTile<S>) store_tile(tile, out, n, n, i, j);
-  return static_cast<int32_t>(info);
-}
-
 // ---- the inverse ----------------------------------------------------------------------------------------------------------------
 
 template <class S>
@@ -90,10 +46,12 @@ int64_t inverse_work(int64_t n) {
 }
 
 template <class S>
-int32_t inverse(const Matrix& block, int64_t n, double damping, const Matrix& out, void* work) {
+void inverse(const Job& job, int64_t n, void* work) {
+  const Matrix& out = job.out;
   S *tiles = static_cast<S*>(work), *rest = tiles + spd_tiles_size<S>(n);
-  const int64_t info = load_spd_tiles(block, n, damping, tiles, rest) ? spd_eliminate(tiles, n, rest) : -1;
-  if (info != 0) return fill_failed<S>(out, n, info);
+  const int64_t info = load_spd_tiles(job.block, n, job.damping, tiles, rest) ? spd_eliminate(tiles, n, rest) : -1;
+  *job.info = static_cast<int32_t>(info);
+  if (info != 0) return fill_nan<S>(out, n);
   for (int64_t i = 0; i < tiles_of<S>(n); ++i)
     for (int64_t j = 0; j <= i; ++j) {
       S* tile = tile_at(tiles, i, j);
@@ -105,7 +63,6 @@ int32_t inverse(const Matrix& block, int64_t n, double damping, const Matrix& ou
         store_tile(tile, out, n, n, i * kTile<S>, j * kTile<S>);
       store_tile(rest, out, n, n, j * kTile<S>, i * kTile<S>);
     }
-  return 0;
 }
 
 // ---- the factor -----------------------------------------------------------------------------------------------------------------
@@ -122,16 +79,21 @@ int64_t factor_work(int64_t n) {
 }
 
 template <class S>
-int32_t factor(const Matrix& block, int64_t n, double damping, const Matrix& out, void* work) {
+void factor(const Job& job, int64_t n, void* work) {
   constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
   S *tiles = static_cast<S*>(work), *panels = tiles + spd_tiles_size<S>(n), *row = panels + spd_tiles_size<S>(n);
   S *inverse = row + kArea, *upper = inverse + kArea;
-  if (!load_spd_tiles(block, n, damping, tiles, row)) return fill_failed<S>(out, n, -1);
+  const Matrix& out = job.out;
+  const auto failed = [&](int64_t info) {
+    *job.info = static_cast<int32_t>(info);
+    fill_nan<S>(out, n);
+  };
+  if (!load_spd_tiles(job.block, n, job.damping, tiles, row)) return failed(-1);
   for (int64_t k = 0; k < tiles_of<S>(n); ++k) {
     const S* above = column_panel(panels, k);
     S* diagonal = column_panel(panels, k) + k * kArea;
     multiply_tile(above, above, k * T, S(-1), tile_at(tiles, k, k), row, Part::upper);
-    if (const int64_t bad = factor_tile(row, inverse)) return fill_failed<S>(out, n, k * T + bad);
+    if (const int64_t bad = factor_tile(row, inverse)) return failed(k * T + bad);
     transpose_tile(inverse, upper);
     // U = L^-1 A: of A's diagonal tile the upper half is all there is, and all of U that is not zero.
     transpose_tile(row, diagonal);
@@ -152,7 +114,7 @@ int32_t factor(const Matrix& block, int64_t n, double damping, const Matrix& out
       if (j <= i) transpose_tile(column_panel(panels, i) + j * kArea, row);
       store_tile(j <= i ? row : tiles, out, n, n, i * T, j * T);
     }
-  return 0;
+  *job.info = 0;
 }
 
 // ---- solutions ------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,339 @@
+// Inverses and factors of as many small blocks at once as a vector has lanes, one block to a lane.
+//
+// The lower triangle of all of them is kept as tiles (i, j), j <= i, of kLaneTile x kLaneTile vectors; what a tile on the diagonal holds
+// above it is not read. Three left-looking passes, in place:
+//
+//   L_ij = (A_ij - sum_{k<j} L_ik L_jk^T) L_jj^-T       Y_ij = -Y_ii sum_{j<=k<i} L_ik Y_kj, Y = L^-1       X_ij = sum_{k>=i} Y_ki^T Y_kj
+//
+// Floor: n^3 flops for each block, n^2/2 elements read and n^2 written. Fast because no lane waits for another: the factorisation of one
+// small block is a chain of divisions, this is n^3/2 multiply-adds of whole vectors, every sum in a register over its whole length. What
+// it costs is the way in and out: n^2 vectors transposed in registers.
+
+constexpr int64_t kLaneTile = 4;
+constexpr int kLaneColumns = MFAC_ISA_LEVEL == 2 ? 4 : 2;  // of a tile, computed at a time: as many sums as there are registers for
+
+template <class S>
+constexpr int64_t kLaneArea = kLaneTile * kLaneTile * kLanesOf<S>;
+constexpr int64_t lane_tiles(int64_t n) { return (n + kLaneTile - 1) / kLaneTile; }
+template <class S>
+MFAC_INLINE S* lane_tile(S* tiles, int64_t i, int64_t j) {
+  return tiles + (i * (i + 1) / 2 + j) * kLaneArea<S>;
+}
+template <class S>
+MFAC_INLINE S* entry(S* tile, int64_t r, int64_t c) {
+  return tile + (r * kLaneTile + c) * kLanesOf<S>;
+}
+
+// ---- products of tiles ----------------------------------------------------------------------------------------------------------
+
+enum class Form { a_bt, a_b, at_b };             // A B^T, A B, A^T B
+enum class Lower { none, a, b, both };           // operands that are lower triangular
+
+// sum += the product's columns [first, first + kLaneColumns)
+template <Form form, Lower lower = Lower::none, class S>
+MFAC_INLINE void multiply_lanes(const S* a, const S* b, int first, Vec<S> (&sum)[kLaneTile][kLaneColumns]) {
+#pragma GCC unroll 4
+  for (int k = 0; k < kLaneTile; ++k)
+#pragma GCC unroll 4
+    for (int r = 0; r < kLaneTile; ++r) {
+      if ((lower == Lower::a || lower == Lower::both) && (form == Form::at_b ? r > k : k > r)) continue;
+      const Vec<S> x = load<Vec<S>>(form == Form::at_b ? entry(a, k, r) : entry(a, r, k));
+#pragma GCC unroll 4
+      for (int c = 0; c < kLaneColumns; ++c) {
+        if ((lower == Lower::b || lower == Lower::both) && (form == Form::a_bt ? k > first + c : first + c > k)) continue;
+        sum[r][c] += x * load<Vec<S>>(form == Form::a_bt ? entry(b, first + c, k) : entry(b, k, first + c));
+      }
+    }
+}
+
+// out = base + sign * the sums that accumulate(first column, sums) makes; base may be null (zero).
+template <class S, class Accumulate>
+MFAC_INLINE void sum_lanes(const S* base, S sign, S* out, const Accumulate& accumulate) {
+#pragma GCC unroll 2
+  for (int first = 0; first < kLaneTile; first += kLaneColumns) {
+    Vec<S> sum[kLaneTile][kLaneColumns] = {};
+    accumulate(first, sum);
+#pragma GCC unroll 4
+    for (int r = 0; r < kLaneTile; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < kLaneColumns; ++c) {
+        const Vec<S> from = base ? load<Vec<S>>(entry(base, r, first + c)) : Vec<S>{};
+        store(entry(out, r, first + c), sign > 0 ? from + sum[r][c] : from - sum[r][c]);
+      }
+  }
+}
+
+// ---- the passes -----------------------------------------------------------------------------------------------------------------
+
+template <class V>
+MFAC_INLINE V vector_sqrt(V x) {
+  for (size_t l = 0; l < sizeof(V) / sizeof(x[0]); ++l) x[l] = sizeof(x[0]) == 4 ? __builtin_sqrtf(x[l]) : __builtin_sqrt(x[l]);
+  return x;
+}
+
+// A diagonal tile A = L L^T: its lower half becomes L with 1 / L_cc in place of L_cc. Lanes of `info` that are 0 get 1 + the row of a
+// pivot that is not positive and finite, which counts as 1 from there on. No square root stands between one pivot and the next.
+template <class S, class I>
+MFAC_INLINE void factor_lane_tile(S* tile, int64_t row, I& info) {
+  using V = Vec<S>;
+  V x[kLaneTile][kLaneTile], pivot[kLaneTile], reciprocal[kLaneTile];
+#pragma GCC unroll 4
+  for (int r = 0; r < kLaneTile; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c <= r; ++c) x[r][c] = load<V>(entry(tile, r, c));
+#pragma GCC unroll 4
+  for (int c = 0; c < kLaneTile; ++c) {
+    const auto good = (x[c][c] > V{}) & (x[c][c] < splat(static_cast<S>(__builtin_inf())));
+    info |= ~good & (info == I{}) & (I{} + static_cast<decltype(info[0] + 0)>(row + c + 1));
+    pivot[c] = good ? x[c][c] : splat(S(1));
+    reciprocal[c] = splat(S(1)) / pivot[c];
+#pragma GCC unroll 4
+    for (int r = c + 1; r < kLaneTile; ++r) {
+      const V scaled = x[r][c] * reciprocal[c];
+#pragma GCC unroll 4
+      for (int d = c + 1; d <= r; ++d) x[r][d] -= scaled * x[d][c];
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < kLaneTile; ++c) {
+    const V scale = vector_sqrt(pivot[c]) * reciprocal[c];
+    store(entry(tile, c, c), scale);
+#pragma GCC unroll 4
+    for (int r = c + 1; r < kLaneTile; ++r) store(entry(tile, r, c), x[r][c] * scale);
+  }
+}
+
+// tile <- tile L^-T, the diagonal tile as factor_lane_tile leaves it
+template <class S>
+MFAC_INLINE void solve_lane_tile(const S* diagonal, S* tile) {
+  using V = Vec<S>;
+#pragma GCC unroll 4
+  for (int r = 0; r < kLaneTile; ++r) {
+    V x[kLaneTile];
+#pragma GCC unroll 4
+    for (int c = 0; c < kLaneTile; ++c) {
+      x[c] = load<V>(entry(tile, r, c));
+#pragma GCC unroll 4
+      for (int k = 0; k < c; ++k) x[c] -= x[k] * load<V>(entry(diagonal, c, k));
+      x[c] *= load<V>(entry(diagonal, c, c));
+      store(entry(tile, r, c), x[c]);
+    }
+  }
+}
+
+template <class S, class I>
+void factor_lanes(S* tiles, int64_t count, I& info) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t i = j; i < count; ++i) {
+      S* tile = lane_tile(tiles, i, j);
+      const S *a = lane_tile(tiles, i, 0), *b = lane_tile(tiles, j, 0);
+      sum_lanes(tile, S(-1), tile, [&](int first, auto& sum) {
+        for (int64_t k = 0; k < j; ++k) multiply_lanes<Form::a_bt>(a + k * kLaneArea<S>, b + k * kLaneArea<S>, first, sum);
+      });
+      if (i == j)
+        factor_lane_tile(tile, i * kLaneTile, info);
+      else
+        solve_lane_tile(lane_tile(tiles, j, j), tile);
+    }
+}
+
+// A diagonal tile of L (1 / L_cc on the diagonal) becomes its inverse.
+template <class S>
+MFAC_INLINE void invert_lane_tile(S* tile) {
+  using V = Vec<S>;
+  V y[kLaneTile][kLaneTile];
+#pragma GCC unroll 4
+  for (int c = 0; c < kLaneTile; ++c) {
+    y[c][c] = load<V>(entry(tile, c, c));
+#pragma GCC unroll 4
+    for (int r = c + 1; r < kLaneTile; ++r) {
+      V sum = {};
+#pragma GCC unroll 4
+      for (int k = c; k < r; ++k) sum -= load<V>(entry(tile, r, k)) * y[k][c];
+      y[r][c] = sum * load<V>(entry(tile, r, r));
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 1; r < kLaneTile; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < r; ++c) store(entry(tile, r, c), y[r][c]);
+}
+
+template <class S>
+void invert_lanes(S* tiles, int64_t count) {
+  S sums[kLaneArea<S>];
+  for (int64_t i = 0; i < count; ++i) {
+    S *row = lane_tile(tiles, i, 0), *diagonal = lane_tile(tiles, i, i);
+    invert_lane_tile(diagonal);
+    for (int64_t j = 0; j < i; ++j) {
+      sum_lanes<S>(nullptr, S(1), sums, [&](int first, auto& sum) {
+        multiply_lanes<Form::a_b, Lower::b>(row + j * kLaneArea<S>, lane_tile(tiles, j, j), first, sum);
+        for (int64_t k = j + 1; k < i; ++k)
+          multiply_lanes<Form::a_b>(row + k * kLaneArea<S>, lane_tile(tiles, k, j), first, sum);
+      });
+      sum_lanes<S>(nullptr, S(-1), row + j * kLaneArea<S>,
+                   [&](int first, auto& sum) { multiply_lanes<Form::a_b, Lower::a>(diagonal, sums, first, sum); });
+    }
+  }
+}
+
+template <class S>
+void multiply_transposed_lanes(S* tiles, int64_t count) {
+  S sums[kLaneArea<S>];
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      S* tile = lane_tile(tiles, i, j);
+      sum_lanes<S>(nullptr, S(1), i == j ? sums : tile, [&](int first, auto& sum) {
+        if (i == j)
+          multiply_lanes<Form::at_b, Lower::both>(tile, tile, first, sum);
+        else
+          multiply_lanes<Form::at_b, Lower::a>(lane_tile(tiles, i, i), tile, first, sum);
+        for (int64_t k = i + 1; k < count; ++k)
+          multiply_lanes<Form::at_b>(lane_tile(tiles, k, i), lane_tile(tiles, k, j), first, sum);
+      });
+      if (i == j) __builtin_memcpy(tile, sums, sizeof(sums));
+    }
+}
+
+// ---- the way in and out ---------------------------------------------------------------------------------------------------------
+
+// rows[l] = elements [column, column + width) of row r of job l's matrix, as S
+template <class S>
+MFAC_INLINE void load_rows(const Job* jobs, int64_t count, int64_t r, int64_t column, int64_t width, bool plain, Vec<S>* rows) {
+  constexpr int W = kLanesOf<S>;
+  if (plain && width == W) {
+#pragma GCC unroll 16
+    for (int l = 0; l < W; ++l) {
+      const Matrix& block = jobs[l < count ? l : 0].block;
+      rows[l] = load<Vec<S>>(static_cast<const S*>(block.data) + r * block.row_stride + column);
+    }
+    return;
+  }
+  for (int l = 0; l < W; ++l) {
+    alignas(64) S row[W] = {};
+    const Matrix& block = jobs[l < count ? l : 0].block;
+    with_type<S>(block, [&](const auto* data) {
+      load_row(data + r * block.row_stride + column * block.column_stride, block.column_stride, width, W, row);
+    });
+    rows[l] = load<Vec<S>>(row);
+  }
+}
+
+// Lower triangles into tiles, damping added, the padding an identity
+template <class S>
+void gather_lanes(const Job* jobs, int64_t count, int64_t n, S* tiles) {
+  using V = Vec<S>;
+  constexpr int W = kLanesOf<S>;
+  bool plain = true;
+  V damping = {};
+  for (int64_t l = 0; l < count; ++l) {
+    plain = plain && jobs[l].block.column_stride == 1 && jobs[l].block.dtype == kDTypeOf<S>;
+    damping[l] = static_cast<S>(jobs[l].damping);
+  }
+  for (int64_t i = 0; i < lane_tiles(n) * kLaneTile; ++i) {
+    S *row = entry(lane_tile(tiles, i / kLaneTile, 0), i % kLaneTile, 0), *end = row + (i / kLaneTile + 1) * kLaneArea<S>;
+    for (int64_t column = 0; column <= i; column += W) {
+      V x[W] = {};
+      if (i < n) {
+        load_rows<S>(jobs, count, i, column, n - column < W ? n - column : W, plain, x);
+        transpose_vectors<V, W>(x);
+      }
+#pragma GCC unroll 4
+      for (int q = 0; q < W; q += kLaneTile) {
+        S* to = row + (column + q) / kLaneTile * kLaneArea<S>;
+        if (to >= end) break;
+#pragma GCC unroll 4
+        for (int c = 0; c < kLaneTile; ++c) store(to + c * W, x[q + c]);
+      }
+    }
+    S* diagonal = entry(lane_tile(tiles, i / kLaneTile, i / kLaneTile), i % kLaneTile, i % kLaneTile);
+    store(diagonal, i < n ? load<V>(diagonal) + damping : splat(S(1)));
+  }
+}
+
+// The jobs' results: of symmetric tiles, both halves of a diagonal one valid; or of lower triangular ones, their diagonals' upper halves
+// and all above them zero.
+template <class S>
+void scatter_lanes(S* tiles, const Job* jobs, int64_t count, int64_t n, bool symmetric) {
+  using V = Vec<S>;
+  constexpr int W = kLanesOf<S>;
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t column = 0; column < n; column += W) {
+      V x[W] = {};
+#pragma GCC unroll 4
+      for (int q = 0; q < W; q += kLaneTile) {
+        const int64_t I = i / kLaneTile, J = (column + q) / kLaneTile;
+        if (J >= lane_tiles(n) || (J > I && !symmetric)) break;
+        const S* from = J <= I ? entry(lane_tile(tiles, I, J), i % kLaneTile, 0) : entry(lane_tile(tiles, J, I), 0, i % kLaneTile);
+        const int64_t step = J <= I ? W : kLaneTile * W;
+#pragma GCC unroll 4
+        for (int c = 0; c < kLaneTile; ++c) x[q + c] = load<V>(from + c * step);
+      }
+      transpose_vectors<V, W>(x);
+      const int64_t width = n - column < W ? n - column : W;
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) {
+        if (l >= count) break;
+        const Matrix& out = jobs[l].out;
+        S* to = static_cast<S*>(out.data) + i * out.row_stride + column * out.column_stride;
+        if (out.column_stride == 1 && width == W) {
+          store(to, x[l]);
+        } else {
+          alignas(64) S row[W];
+          store(row, x[l]);
+          store_row(row, width, out.column_stride, to);
+        }
+      }
+    }
+}
+
+// ---- the kernels ----------------------------------------------------------------------------------------------------------------
+
+template <class S>
+int64_t lanes_work(int64_t n) {
+  return lane_tiles(n) * (lane_tiles(n) + 1) / 2 * kLaneArea<S> * static_cast<int64_t>(sizeof(S));
+}
+
+// The jobs' codes; what the lanes of failed ones hold is of no use.
+template <class S, class I>
+void report_lanes(const Job* jobs, int64_t count, int64_t n, const I& info) {
+  for (int64_t l = 0; l < count; ++l) *jobs[l].info = info[l] ? failure<S>(jobs[l], n, info[l]) : 0;
+}
+template <class S>
+void fill_failed_lanes(const Job* jobs, int64_t count, int64_t n) {
+  for (int64_t l = 0; l < count; ++l)
+    if (*jobs[l].info) fill_nan<S>(jobs[l].out, n);
+}
+
+template <class S>
+using LaneInfo = decltype(Vec<S>{} > Vec<S>{});
+
+template <class S>
+void inverse_lanes(const Job* jobs, int64_t count, int64_t n, void* work) {
+  S* tiles = static_cast<S*>(work);
+  LaneInfo<S> info = {};
+  gather_lanes(jobs, count, n, tiles);
+  factor_lanes(tiles, lane_tiles(n), info);
+  report_lanes<S>(jobs, count, n, info);
+  invert_lanes(tiles, lane_tiles(n));
+  multiply_transposed_lanes(tiles, lane_tiles(n));
+  scatter_lanes(tiles, jobs, count, n, true);
+  fill_failed_lanes<S>(jobs, count, n);
+}
+
+template <class S>
+void factor_jobs_lanes(const Job* jobs, int64_t count, int64_t n, void* work) {
+  S* tiles = static_cast<S*>(work);
+  LaneInfo<S> info = {};
+  gather_lanes(jobs, count, n, tiles);
+  factor_lanes(tiles, lane_tiles(n), info);
+  report_lanes<S>(jobs, count, n, info);
+  for (int64_t i = 0; i < lane_tiles(n); ++i)
+    for (int64_t r = 0; r < kLaneTile; ++r) {
+      S* row = entry(lane_tile(tiles, i, i), r, 0);
+      store(row + r * kLanesOf<S>, splat(S(1)) / load<Vec<S>>(row + r * kLanesOf<S>));
+      __builtin_memset(row + (r + 1) * kLanesOf<S>, 0, (kLaneTile - 1 - r) * kLanesOf<S> * sizeof(S));
+    }
+  scatter_lanes(tiles, jobs, count, n, false);
+  fill_failed_lanes<S>(jobs, count, n);
+}
