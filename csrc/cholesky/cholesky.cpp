@@ -79,7 +79,7 @@ int64_t fewest_interleaved(int64_t n, int64_t lanes) { return n <= kInterleaved 
 struct Kernel {
   int64_t (*work)(int64_t n);
   void (*run)(const Job&, int64_t n, void* work);
-  void (*run_lanes)(const Job*, int64_t count, int64_t n, void* work);
+  void (*run_lanes)(const Job*, int64_t n, void* work);
 };
 
 // Every block of every batch; returns their codes.
@@ -119,7 +119,9 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
           jobs[count++] = {matrix(from.blocks, b), matrix(from.out, b), from.damping[b * from.damping_stride], &codes[from.first + b]};
       }
       if (group >= fewest_interleaved(of.n, kernels.lanes)) {
-        if (count > 0) kernel.run_lanes(jobs, count, of.n, scratch(kernels.lanes_work(of.n)));
+        if (count == 0) continue;
+        std::fill(jobs + count, jobs + kMaxLanes, jobs[0]);
+        kernel.run_lanes(jobs, of.n, scratch(kernels.lanes_work(of.n)));
       } else {
         for (int64_t i = 0; i < count; ++i) kernel.run(jobs[i], of.n, scratch(kernel.work(of.n)));
       }

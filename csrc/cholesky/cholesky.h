@@ -20,7 +20,7 @@ struct Job {
   int32_t* info;  // set to 0; or the order of the leading minor that is not positive; or -1: the block or its damping is not finite
 };
 
-// The interleaved kernels take up to `lanes` blocks at once, for n up to kInterleaved.
+// The interleaved kernels serve n up to kInterleaved.
 constexpr int64_t kInterleaved = 64, kMaxLanes = 16;
 
 // Kernels that compute in float32 or in float64. What they write is NaN if a block fails. work: `..._work(n)` bytes, aligned to 64.
@@ -35,10 +35,10 @@ struct CholeskyKernels {
   int64_t (*factor_work)(int64_t n);
   void (*factor)(const Job&, int64_t n, void* work);
 
-  // The same for `count` <= lanes blocks
+  // The same for `lanes` blocks at once; where there are fewer, jobs may be repeated.
   int64_t (*lanes_work)(int64_t n);
-  void (*inverse_lanes)(const Job*, int64_t count, int64_t n, void* work);
-  void (*factor_lanes)(const Job*, int64_t count, int64_t n, void* work);
+  void (*inverse_lanes)(const Job*, int64_t n, void* work);
+  void (*factor_lanes)(const Job*, int64_t n, void* work);
 
   // x (n, columns) <- (L L^T)^-1 x
   int64_t (*solve_work)(int64_t n);

@@ -9,7 +9,7 @@
 
 template <class S>
 constexpr CholeskyKernels cholesky_kernels_of() {
-  return {kLanesOf<S>,   inverse_work<S>,  inverse<S>,           factor_work<S>, factor<S>,
-          lanes_work<S>, inverse_lanes<S>, factor_jobs_lanes<S>, solve_work<S>,  solve<S>};
+  return {kLanesOf<S>,   inverse_work<S>,     inverse<S>,         factor_work<S>, factor<S>,
+          lanes_work<S>, inverse_of_lanes<S>, factor_of_lanes<S>, solve_work<S>,  solve<S>};
 }
 constexpr CholeskyKernels kCholeskyKernels[] = {cholesky_kernels_of<float>(), cholesky_kernels_of<double>()};

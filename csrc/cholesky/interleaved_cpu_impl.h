@@ -26,8 +26,8 @@ MFAC_INLINE S* entry(S* tile, int64_t r, int64_t c) {
 
 // ---- products of tiles ----------------------------------------------------------------------------------------------------------
 
-enum class Form { a_bt, a_b, at_b };             // A B^T, A B, A^T B
-enum class Lower { none, a, b, both };           // operands that are lower triangular
+enum class Form { a_bt, a_b, at_b };    // A B^T, A B, A^T B
+enum class Lower { none, a, b, both };  // operands that are lower triangular
 
 // sum += the product's columns [first, first + kLaneColumns)
 template <Form form, Lower lower = Lower::none, class S>
@@ -64,12 +64,6 @@ MFAC_INLINE void sum_lanes(const S* base, S sign, S* out, const Accumulate& accu
 }
 
 // ---- the passes -----------------------------------------------------------------------------------------------------------------
-
-template <class V>
-MFAC_INLINE V vector_sqrt(V x) {
-  for (size_t l = 0; l < sizeof(V) / sizeof(x[0]); ++l) x[l] = sizeof(x[0]) == 4 ? __builtin_sqrtf(x[l]) : __builtin_sqrt(x[l]);
-  return x;
-}
 
 // A diagonal tile A = L L^T: its lower half becomes L with 1 / L_cc in place of L_cc. Lanes of `info` that are 0 get 1 + the row of a
 // pivot that is not positive and finite, which counts as 1 from there on. No square root stands between one pivot and the next.
@@ -168,8 +162,7 @@ void invert_lanes(S* tiles, int64_t count) {
     for (int64_t j = 0; j < i; ++j) {
       sum_lanes<S>(nullptr, S(1), sums, [&](int first, auto& sum) {
         multiply_lanes<Form::a_b, Lower::b>(row + j * kLaneArea<S>, lane_tile(tiles, j, j), first, sum);
-        for (int64_t k = j + 1; k < i; ++k)
-          multiply_lanes<Form::a_b>(row + k * kLaneArea<S>, lane_tile(tiles, k, j), first, sum);
+        for (int64_t k = j + 1; k < i; ++k) multiply_lanes<Form::a_b>(row + k * kLaneArea<S>, lane_tile(tiles, k, j), first, sum);
       });
       sum_lanes<S>(nullptr, S(-1), row + j * kLaneArea<S>,
                    [&](int first, auto& sum) { multiply_lanes<Form::a_b, Lower::a>(diagonal, sums, first, sum); });
@@ -188,8 +181,7 @@ void multiply_transposed_lanes(S* tiles, int64_t count) {
           multiply_lanes<Form::at_b, Lower::both>(tile, tile, first, sum);
         else
           multiply_lanes<Form::at_b, Lower::a>(lane_tile(tiles, i, i), tile, first, sum);
-        for (int64_t k = i + 1; k < count; ++k)
-          multiply_lanes<Form::at_b>(lane_tile(tiles, k, i), lane_tile(tiles, k, j), first, sum);
+        for (int64_t k = i + 1; k < count; ++k) multiply_lanes<Form::at_b>(lane_tile(tiles, k, i), lane_tile(tiles, k, j), first, sum);
       });
       if (i == j) __builtin_memcpy(tile, sums, sizeof(sums));
     }
@@ -197,143 +189,160 @@ void multiply_transposed_lanes(S* tiles, int64_t count) {
 
 // ---- the way in and out ---------------------------------------------------------------------------------------------------------
 
-// rows[l] = elements [column, column + width) of row r of job l's matrix, as S
+// Where the rows of a job's matrix lie; `stride` apart.
 template <class S>
-MFAC_INLINE void load_rows(const Job* jobs, int64_t count, int64_t r, int64_t column, int64_t width, bool plain, Vec<S>* rows) {
-  constexpr int W = kLanesOf<S>;
-  if (plain && width == W) {
-#pragma GCC unroll 16
-    for (int l = 0; l < W; ++l) {
-      const Matrix& block = jobs[l < count ? l : 0].block;
-      rows[l] = load<Vec<S>>(static_cast<const S*>(block.data) + r * block.row_stride + column);
+struct Lane {
+  S* rows;
+  int64_t stride;
+};
+
+// The jobs' blocks as rows of S's: where they are, or copied to `staged` (a square of n^2 for each lane).
+template <class S>
+void stage_lanes(const Job* jobs, int64_t n, S* staged, Lane<S>* lanes) {
+  for (int l = 0; l < kLanesOf<S>; ++l, staged += n * n) {
+    const Matrix& block = jobs[l].block;
+    if (block.column_stride == 1 && block.dtype == kDTypeOf<S>) {
+      lanes[l] = {static_cast<S*>(block.data), block.row_stride};
+    } else {
+      lanes[l] = {staged, n};
+      with_type<S>(block, [&](const auto* data) {
+        for (int64_t r = 0; r < n; ++r)
+          for (int64_t c = 0; c <= r; c += kLanesOf<S>) {
+            const int64_t width = r + 1 - c < kLanesOf<S> ? r + 1 - c : kLanesOf<S>;
+            S row[kLanesOf<S>];
+            load_row(data + r * block.row_stride + c * block.column_stride, block.column_stride, width, kLanesOf<S>, row);
+            store_row(row, width, 1, staged + r * n + c);
+          }
+      });
     }
-    return;
   }
-  for (int l = 0; l < W; ++l) {
-    alignas(64) S row[W] = {};
-    const Matrix& block = jobs[l < count ? l : 0].block;
-    with_type<S>(block, [&](const auto* data) {
-      load_row(data + r * block.row_stride + column * block.column_stride, block.column_stride, width, W, row);
-    });
-    rows[l] = load<Vec<S>>(row);
-  }
+}
+
+template <class S>
+MFAC_INLINE Vec<S> load_upto(const S* p, int64_t n) {
+  return n >= kLanesOf<S> ? load<Vec<S>>(p) : load_first(p, n);
+}
+template <class S>
+MFAC_INLINE void store_upto(S* p, Vec<S> v, int64_t n) {
+  if (n >= kLanesOf<S>)
+    store(p, v);
+  else
+    store_first(p, v, n);
 }
 
 // Lower triangles into tiles, damping added, the padding an identity
 template <class S>
-void gather_lanes(const Job* jobs, int64_t count, int64_t n, S* tiles) {
+void gather_lanes(const Job* jobs, const Lane<S>* lanes, int64_t n, S* tiles) {
   using V = Vec<S>;
   constexpr int W = kLanesOf<S>;
-  bool plain = true;
-  V damping = {};
-  for (int64_t l = 0; l < count; ++l) {
-    plain = plain && jobs[l].block.column_stride == 1 && jobs[l].block.dtype == kDTypeOf<S>;
-    damping[l] = static_cast<S>(jobs[l].damping);
-  }
-  for (int64_t i = 0; i < lane_tiles(n) * kLaneTile; ++i) {
-    S *row = entry(lane_tile(tiles, i / kLaneTile, 0), i % kLaneTile, 0), *end = row + (i / kLaneTile + 1) * kLaneArea<S>;
+  V damping;
+  for (int l = 0; l < W; ++l) damping[l] = static_cast<S>(jobs[l].damping);
+  for (int64_t i = 0; i < n; ++i) {
+    S* row = entry(lane_tile(tiles, i / kLaneTile, 0), i % kLaneTile, 0);
     for (int64_t column = 0; column <= i; column += W) {
-      V x[W] = {};
-      if (i < n) {
-        load_rows<S>(jobs, count, i, column, n - column < W ? n - column : W, plain, x);
-        transpose_vectors<V, W>(x);
-      }
+      V x[W];
+#pragma GCC unroll 16
+      for (int l = 0; l < W; ++l) x[l] = load_upto(lanes[l].rows + i * lanes[l].stride + column, n - column);
+      transpose_vectors<V, W>(x);
+      S* to = row + column / kLaneTile * kLaneArea<S>;
 #pragma GCC unroll 4
-      for (int q = 0; q < W; q += kLaneTile) {
-        S* to = row + (column + q) / kLaneTile * kLaneArea<S>;
-        if (to >= end) break;
+      for (int q = 0; q < W / kLaneTile; ++q, to += kLaneArea<S>)
+        if (column + q * kLaneTile <= i) {
 #pragma GCC unroll 4
-        for (int c = 0; c < kLaneTile; ++c) store(to + c * W, x[q + c]);
-      }
+          for (int c = 0; c < kLaneTile; ++c) store(to + c * W, x[q * kLaneTile + c]);
+        }
     }
     S* diagonal = entry(lane_tile(tiles, i / kLaneTile, i / kLaneTile), i % kLaneTile, i % kLaneTile);
-    store(diagonal, i < n ? load<V>(diagonal) + damping : splat(S(1)));
+    store(diagonal, load<V>(diagonal) + damping);
   }
+  for (int64_t i = n; i % kLaneTile != 0; ++i)
+    for (int64_t j = 0; j <= i; ++j)
+      store(entry(lane_tile(tiles, i / kLaneTile, j / kLaneTile), i % kLaneTile, j % kLaneTile), splat(S(i == j)));
 }
 
-// The jobs' results: of symmetric tiles, both halves of a diagonal one valid; or of lower triangular ones, their diagonals' upper halves
-// and all above them zero.
-template <class S>
-void scatter_lanes(S* tiles, const Job* jobs, int64_t count, int64_t n, bool symmetric) {
+// Rows of the results: of symmetric tiles, whose diagonal ones are valid in both halves; or, with zeros above the diagonal tiles.
+template <bool symmetric, class S>
+void scatter_lanes(S* tiles, const Lane<S>* lanes, int64_t n) {
   using V = Vec<S>;
   constexpr int W = kLanesOf<S>;
+  const int64_t count = lane_tiles(n);
   for (int64_t i = 0; i < n; ++i)
     for (int64_t column = 0; column < n; column += W) {
-      V x[W] = {};
+      const int64_t I = i / kLaneTile;
+      V x[W];
 #pragma GCC unroll 4
-      for (int q = 0; q < W; q += kLaneTile) {
-        const int64_t I = i / kLaneTile, J = (column + q) / kLaneTile;
-        if (J >= lane_tiles(n) || (J > I && !symmetric)) break;
+      for (int q = 0; q < W / kLaneTile; ++q) {
+        const int64_t J = column / kLaneTile + q;
         const S* from = J <= I ? entry(lane_tile(tiles, I, J), i % kLaneTile, 0) : entry(lane_tile(tiles, J, I), 0, i % kLaneTile);
         const int64_t step = J <= I ? W : kLaneTile * W;
+        const bool zero = symmetric ? J >= count : J > I;
 #pragma GCC unroll 4
-        for (int c = 0; c < kLaneTile; ++c) x[q + c] = load<V>(from + c * step);
+        for (int c = 0; c < kLaneTile; ++c) x[q * kLaneTile + c] = zero ? V{} : load<V>(from + c * step);
       }
       transpose_vectors<V, W>(x);
-      const int64_t width = n - column < W ? n - column : W;
 #pragma GCC unroll 16
-      for (int l = 0; l < W; ++l) {
-        if (l >= count) break;
-        const Matrix& out = jobs[l].out;
-        S* to = static_cast<S*>(out.data) + i * out.row_stride + column * out.column_stride;
-        if (out.column_stride == 1 && width == W) {
-          store(to, x[l]);
-        } else {
-          alignas(64) S row[W];
-          store(row, x[l]);
-          store_row(row, width, out.column_stride, to);
-        }
-      }
+      for (int l = 0; l < W; ++l) store_upto(lanes[l].rows + i * lanes[l].stride + column, x[l], n - column);
     }
+}
+
+// The results into the jobs' matrices, by way of `staged` where those are not rows of S's; NaN for failed jobs
+template <bool symmetric, class S>
+void write_lanes(S* tiles, const Job* jobs, int64_t n, S* staged) {
+  constexpr int W = kLanesOf<S>;
+  Lane<S> lanes[W];
+  for (int l = 0; l < W; ++l) {
+    const Matrix& out = jobs[l].out;
+    lanes[l] = out.column_stride == 1 ? Lane<S>{static_cast<S*>(out.data), out.row_stride} : Lane<S>{staged + l * n * n, n};
+  }
+  scatter_lanes<symmetric>(tiles, lanes, n);
+  for (int l = 0; l < W; ++l) {
+    const Matrix& out = jobs[l].out;
+    if (*jobs[l].info)
+      fill_nan<S>(out, n);
+    else if (out.column_stride != 1)
+      for (int64_t r = 0; r < n; ++r)
+        store_row(lanes[l].rows + r * n, n, out.column_stride, static_cast<S*>(out.data) + r * out.row_stride);
+  }
 }
 
 // ---- the kernels ----------------------------------------------------------------------------------------------------------------
 
 template <class S>
 int64_t lanes_work(int64_t n) {
-  return lane_tiles(n) * (lane_tiles(n) + 1) / 2 * kLaneArea<S> * static_cast<int64_t>(sizeof(S));
+  const int64_t count = lane_tiles(n);
+  return (count * (count + 1) / 2 * kLaneArea<S> + kLanesOf<S> * n * n) * static_cast<int64_t>(sizeof(S));
 }
 
-// The jobs' codes; what the lanes of failed ones hold is of no use.
-template <class S, class I>
-void report_lanes(const Job* jobs, int64_t count, int64_t n, const I& info) {
-  for (int64_t l = 0; l < count; ++l) *jobs[l].info = info[l] ? failure<S>(jobs[l], n, info[l]) : 0;
-}
+// The lower triangles of the factors, 1 / L_cc on the diagonal. Returns memory for write_lanes. Codes are set while the blocks are there.
 template <class S>
-void fill_failed_lanes(const Job* jobs, int64_t count, int64_t n) {
-  for (int64_t l = 0; l < count; ++l)
-    if (*jobs[l].info) fill_nan<S>(jobs[l].out, n);
+S* load_and_factor_lanes(const Job* jobs, int64_t n, S* tiles) {
+  const int64_t count = lane_tiles(n);
+  S* staged = tiles + count * (count + 1) / 2 * kLaneArea<S>;
+  Lane<S> lanes[kLanesOf<S>];
+  stage_lanes(jobs, n, staged, lanes);
+  gather_lanes(jobs, lanes, n, tiles);
+  decltype(Vec<S>{} > Vec<S>{}) info = {};
+  factor_lanes(tiles, count, info);
+  for (int l = 0; l < kLanesOf<S>; ++l) *jobs[l].info = info[l] ? failure<S>(jobs[l], n, info[l]) : 0;
+  return staged;
 }
 
 template <class S>
-using LaneInfo = decltype(Vec<S>{} > Vec<S>{});
-
-template <class S>
-void inverse_lanes(const Job* jobs, int64_t count, int64_t n, void* work) {
-  S* tiles = static_cast<S*>(work);
-  LaneInfo<S> info = {};
-  gather_lanes(jobs, count, n, tiles);
-  factor_lanes(tiles, lane_tiles(n), info);
-  report_lanes<S>(jobs, count, n, info);
+void inverse_of_lanes(const Job* jobs, int64_t n, void* work) {
+  S *tiles = static_cast<S*>(work), *staged = load_and_factor_lanes(jobs, n, tiles);
   invert_lanes(tiles, lane_tiles(n));
   multiply_transposed_lanes(tiles, lane_tiles(n));
-  scatter_lanes(tiles, jobs, count, n, true);
-  fill_failed_lanes<S>(jobs, count, n);
+  write_lanes<true>(tiles, jobs, n, staged);
 }
 
 template <class S>
-void factor_jobs_lanes(const Job* jobs, int64_t count, int64_t n, void* work) {
-  S* tiles = static_cast<S*>(work);
-  LaneInfo<S> info = {};
-  gather_lanes(jobs, count, n, tiles);
-  factor_lanes(tiles, lane_tiles(n), info);
-  report_lanes<S>(jobs, count, n, info);
+void factor_of_lanes(const Job* jobs, int64_t n, void* work) {
+  S *tiles = static_cast<S*>(work), *staged = load_and_factor_lanes(jobs, n, tiles);
   for (int64_t i = 0; i < lane_tiles(n); ++i)
     for (int64_t r = 0; r < kLaneTile; ++r) {
-      S* row = entry(lane_tile(tiles, i, i), r, 0);
-      store(row + r * kLanesOf<S>, splat(S(1)) / load<Vec<S>>(row + r * kLanesOf<S>));
-      __builtin_memset(row + (r + 1) * kLanesOf<S>, 0, (kLaneTile - 1 - r) * kLanesOf<S> * sizeof(S));
+      S* row = entry(lane_tile(tiles, i, i), r, r);
+      store(row, splat(S(1)) / load<Vec<S>>(row));
+      __builtin_memset(row + kLanesOf<S>, 0, (kLaneTile - 1 - r) * kLanesOf<S> * sizeof(S));
     }
-  scatter_lanes(tiles, jobs, count, n, false);
-  fill_failed_lanes<S>(jobs, count, n);
+  write_lanes<false>(tiles, jobs, n, staged);
 }

@@ -56,6 +56,24 @@ MFAC_INLINE Vec<S> splat(S x) {
   return x - Vec<S>{};
 }
 
+template <class V>
+MFAC_INLINE V vector_sqrt(V x) {
+#if MFAC_ISA_LEVEL == 2
+  if constexpr (sizeof(x[0]) == 4)
+    return bit_cast<V>(_mm512_maskz_sqrt_ps(0xffff, bit_cast<__m512>(x)));
+  else
+    return bit_cast<V>(_mm512_maskz_sqrt_pd(0xff, bit_cast<__m512d>(x)));
+#elif MFAC_ISA_LEVEL == 1
+  if constexpr (sizeof(x[0]) == 4)
+    return bit_cast<V>(_mm256_sqrt_ps(bit_cast<__m256>(x)));
+  else
+    return bit_cast<V>(_mm256_sqrt_pd(bit_cast<__m256d>(x)));
+#else
+  for (size_t l = 0; l < sizeof(V) / sizeof(x[0]); ++l) x[l] = static_cast<decltype(x[0] + 0)>(__builtin_sqrt(x[l]));
+  return x;
+#endif
+}
+
 // What products of T are computed in: float32 for float32 and narrower, float64 for float64.
 template <class T>
 struct ComputeOf {
@@ -186,6 +204,32 @@ MFAC_INLINE void narrow(fp16* p, f64v v) {
 }
 
 // ---- ragged ends ----------------------------------------------------------------------------------------------------------------
+
+// The first n <= kLanesOf<S> elements of a vector; the rest are zero, or not written.
+template <class S>
+MFAC_INLINE Vec<S> load_first(const S* p, int64_t n) {
+#if MFAC_ISA_LEVEL == 2
+  if constexpr (sizeof(S) == 4)
+    return bit_cast<Vec<S>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
+  else
+    return bit_cast<Vec<S>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+#else
+  Vec<S> v = {};
+  __builtin_memcpy(&v, p, n * sizeof(S));
+  return v;
+#endif
+}
+template <class S>
+MFAC_INLINE void store_first(S* p, Vec<S> v, int64_t n) {
+#if MFAC_ISA_LEVEL == 2
+  if constexpr (sizeof(S) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), bit_cast<__m512>(v));
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), bit_cast<__m512d>(v));
+#else
+  __builtin_memcpy(p, &v, n * sizeof(S));
+#endif
+}
 
 // The first n < kLanes elements; the rest are zero.
 template <class T>

@@ -133,23 +133,58 @@ __attribute__((noinline)) void multiply_triangle(const S* u, const S* b, S* out)
     multiply_strip<2>(u + r, b, r + kTileRows, S(1), static_cast<const S*>(nullptr), out + r * kTile<S>);
 }
 
-// v[i], lane l <-> v[l], lane i, one bit of the indices at a time
-template <class V, int n, int h, int... l>
-MFAC_INLINE void transpose_level(V* v, std::integer_sequence<int, l...>) {
-#pragma GCC unroll 16
-  for (int i = 0; i < n; ++i)
-    if (!(i & h)) {
-      const V a = v[i], b = v[i + h];
-      v[i] = __builtin_shufflevector(a, b, (l & h ? l - h + n : l)...);
-      v[i + h] = __builtin_shufflevector(a, b, (l & h ? l + n : l + h)...);
-    }
+// Transposes go through chunks of 128 bits: shuffles within them, and of whole ones, are single instructions that need no index register.
+template <class V, int n>
+constexpr int kChunk = 16 * n / sizeof(V);  // elements
+
+// Groups of `width` from the lower (high = 0) or upper halves of the chunks of a and b, in turns
+template <int width, int high, class V, int... l>
+MFAC_INLINE V interleave(V a, V b, std::integer_sequence<int, l...>) {
+  constexpr int n = sizeof...(l), chunk = kChunk<V, n>;
+  return __builtin_shufflevector(
+      a, b, (l / chunk * chunk + high * chunk / 2 + l % chunk / (2 * width) * width + l % width + l / width % 2 * n)...);
 }
-template <class V, int n, int h = 1>
+// The even (odd = 0) or odd chunks of a, then those of b
+template <int odd, class V, int... l>
+MFAC_INLINE V alternate(V a, V b, std::integer_sequence<int, l...>) {
+  constexpr int n = sizeof...(l), chunk = kChunk<V, n>;
+  return __builtin_shufflevector(a, b, (l % (n / 2) / chunk * 2 * chunk + odd * chunk + l % chunk + l / (n / 2) * n)...);
+}
+
+// v[i], lane l <-> v[l], lane i
+template <class V, int n>
 MFAC_INLINE void transpose_vectors(V* v) {
-  if constexpr (h < n) {
-    transpose_level<V, n, h>(v, std::make_integer_sequence<int, n>());
-    transpose_vectors<V, n, 2 * h>(v);
+  constexpr int chunk = kChunk<V, n>;
+  constexpr auto lanes = std::make_integer_sequence<int, n>();
+  V t[n];
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i) t[i] = i % 2 == 0 ? interleave<1, 0>(v[i], v[i + 1], lanes) : interleave<1, 1>(v[i - 1], v[i], lanes);
+  if constexpr (chunk == 4) {
+#pragma GCC unroll 4
+    for (int i = 0; i < n; i += 4) {
+      v[i] = interleave<2, 0>(t[i], t[i + 2], lanes);
+      v[i + 1] = interleave<2, 1>(t[i], t[i + 2], lanes);
+      v[i + 2] = interleave<2, 0>(t[i + 1], t[i + 3], lanes);
+      v[i + 3] = interleave<2, 1>(t[i + 1], t[i + 3], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) t[i] = v[i];
   }
+  // Each chunk now holds a column of a small square: what is left is to transpose the chunks.
+#pragma GCC unroll 4
+  for (int k = 0; k < chunk; ++k)
+    if constexpr (n / chunk == 2) {
+      v[k] = alternate<0>(t[k], t[chunk + k], lanes);
+      v[chunk + k] = alternate<1>(t[k], t[chunk + k], lanes);
+    } else {
+      const V even = alternate<0>(t[k], t[chunk + k], lanes), odd = alternate<1>(t[k], t[chunk + k], lanes);
+      const V other_even = alternate<0>(t[2 * chunk + k], t[3 * chunk + k], lanes);
+      const V other_odd = alternate<1>(t[2 * chunk + k], t[3 * chunk + k], lanes);
+      v[k] = alternate<0>(even, other_even, lanes);
+      v[chunk + k] = alternate<0>(odd, other_odd, lanes);
+      v[2 * chunk + k] = alternate<1>(even, other_even, lanes);
+      v[3 * chunk + k] = alternate<1>(odd, other_odd, lanes);
+    }
 }
 
 // out = in^T, tiles
