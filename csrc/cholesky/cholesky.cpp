@@ -73,8 +73,13 @@ std::vector<SizeClass> size_classes(const std::vector<DampedBatch>& batches) {
   return classes;
 }
 
-// Fewer blocks than this are faster one by one than interleaved.
-int64_t fewest_interleaved(int64_t n, int64_t lanes) { return n <= kInterleaved ? std::max<int64_t>(2, lanes / 4) : lanes + 1; }
+// How many of a class's blocks are computed at once. A group of large ones is worth it only where all threads get groups.
+int64_t group_size(const SizeClass& of) {
+  const int64_t lanes = cholesky_kernels(of.dtype).lanes;
+  return of.n <= 64 || (of.n <= kInterleaved && of.count >= 8 * lanes) ? lanes : 1;
+}
+// A group of fewer blocks than this is faster one by one than interleaved.
+int64_t fewest_interleaved(int64_t n, int64_t lanes) { return n <= 16 ? 1 : n <= 32 ? lanes * 3 / 8 : lanes * 5 / 8; }
 
 struct Kernel {
   int64_t (*work)(int64_t n);
@@ -94,17 +99,13 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
   const std::vector<SizeClass> classes = size_classes(batches);
   // Items are groups of blocks, as many as there are lanes.
   const auto tasks = tasks_of(
-      classes.size(),
-      [&](size_t i) {
-        const int64_t lanes = classes[i].n <= kInterleaved ? cholesky_kernels(classes[i].dtype).lanes : 1;
-        return (classes[i].count + lanes - 1) / lanes;
-      },
-      [&](size_t i) { return cube(classes[i].n) * static_cast<double>(classes[i].n <= kInterleaved ? kMaxLanes : 1); });
+      classes.size(), [&](size_t i) { return (classes[i].count + group_size(classes[i]) - 1) / group_size(classes[i]); },
+      [&](size_t i) { return cube(classes[i].n) * static_cast<double>(group_size(classes[i])); });
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
     const SizeClass& of = classes[tasks[t].list];
     const CholeskyKernels& kernels = cholesky_kernels(of.dtype);
     const Kernel kernel = choose(kernels);
-    const int64_t lanes = of.n <= kInterleaved ? kernels.lanes : 1;
+    const int64_t lanes = group_size(of);
     const int64_t end = std::min(of.count, tasks[t].end * lanes);
     auto [batch, b] = of.find(tasks[t].begin * lanes);
     for (int64_t first = tasks[t].begin * lanes; first < end; first += lanes) {
@@ -118,7 +119,7 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
         if (!chosen || chosen[from.first + b])
           jobs[count++] = {matrix(from.blocks, b), matrix(from.out, b), from.damping[b * from.damping_stride], &codes[from.first + b]};
       }
-      if (group >= fewest_interleaved(of.n, kernels.lanes)) {
+      if (lanes > 1 && group >= fewest_interleaved(of.n, lanes)) {
         if (count == 0) continue;
         std::fill(jobs + count, jobs + kMaxLanes, jobs[0]);
         kernel.run_lanes(jobs, of.n, scratch(kernels.lanes_work(of.n)));

@@ -21,7 +21,7 @@ struct Job {
 };
 
 // The interleaved kernels serve n up to kInterleaved.
-constexpr int64_t kInterleaved = 64, kMaxLanes = 16;
+constexpr int64_t kInterleaved = 128, kMaxLanes = 16;
 
 // Kernels that compute in float32 or in float64. What they write is NaN if a block fails. work: `..._work(n)` bytes, aligned to 64.
 struct CholeskyKernels {

@@ -218,18 +218,6 @@ void stage_lanes(const Job* jobs, int64_t n, S* staged, Lane<S>* lanes) {
   }
 }
 
-template <class S>
-MFAC_INLINE Vec<S> load_upto(const S* p, int64_t n) {
-  return n >= kLanesOf<S> ? load<Vec<S>>(p) : load_first(p, n);
-}
-template <class S>
-MFAC_INLINE void store_upto(S* p, Vec<S> v, int64_t n) {
-  if (n >= kLanesOf<S>)
-    store(p, v);
-  else
-    store_first(p, v, n);
-}
-
 // Lower triangles into tiles, damping added, the padding an identity
 template <class S>
 void gather_lanes(const Job* jobs, const Lane<S>* lanes, int64_t n, S* tiles) {

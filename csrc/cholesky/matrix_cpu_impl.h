@@ -19,6 +19,11 @@ MFAC_INLINE void with_type(const Matrix& x, const Body& body) {
 // out[0, width) = row[0, width) as S, and zero up to `padded`, a multiple of the lanes of at most 2 of its vectors
 template <class S, class T>
 MFAC_INLINE void load_row(const T* row, int64_t stride, int64_t width, int64_t padded, S* out) {
+  if constexpr (sizeof(S) == sizeof(T))
+    if (stride == 1 && width == 2 * kLanesOf<S>) {
+      __builtin_memcpy(out, row, 2 * sizeof(Vec<S>));
+      return;
+    }
   T gathered[2 * kLanesOf<S>];
   if (stride != 1) {
     for (int64_t c = 0; c < width; ++c) gathered[c] = row[c * stride];

@@ -23,19 +23,25 @@ __attribute__((noinline)) void store_tile(const S* tile, const Matrix& x, int64_
   for (int64_t r = 0; r < height; ++r) store_row(tile + r * kTile<S>, width, x.column_stride, to + r * x.row_stride);
 }
 
-// The tiles of block + damping I (spd_inverse_cpu_impl.h), from its lower triangle. Returns whether all is finite.
+// The tiles of block + damping I (spd_inverse_cpu_impl.h), from its lower triangle, row after row. Returns whether all is finite.
 template <class S>
-bool load_spd_tiles(const Matrix& block, int64_t n, double damping, S* tiles, S* work) {
-  for (int64_t i = 0; i < tiles_of<S>(n); ++i)
-    for (int64_t j = 0; j <= i; ++j) {
-      S* tile = tile_at(tiles, i, j);
-      load_tile(block, n, n, i * kTile<S>, j * kTile<S>, tile);
-      if (i == j) {
-        transpose_tile(tile, work);
-        mirror_upper(work, tile);
-      }
-    }
-  return spd_prepare(tiles, n, static_cast<S>(damping));
+bool load_spd_tiles(const Job& job, int64_t n, S* tiles, S* work) {
+  constexpr int64_t T = kTile<S>;
+  const Matrix& block = job.block;
+  with_type<S>(block, [&](const auto* data) {
+    for (int64_t r = 0; r < n; ++r)
+      for (int64_t j = 0; j <= r / T; ++j)
+        load_row(data + r * block.row_stride + j * T * block.column_stride, block.column_stride, n - j * T < T ? n - j * T : T, T,
+                 tile_at(tiles, r / T, j) + r % T * T);
+  });
+  for (int64_t i = 0; i < tiles_of<S>(n); ++i) {
+    if (n < (i + 1) * T)
+      for (int64_t j = 0; j <= i; ++j) __builtin_memset(tile_at(tiles, i, j) + (n - i * T) * T, 0, ((i + 1) * T - n) * T * sizeof(S));
+    S* diagonal = tile_at(tiles, i, i);
+    transpose_tile(diagonal, work);
+    mirror_upper(work, diagonal);
+  }
+  return spd_prepare(tiles, n, static_cast<S>(job.damping));
 }
 
 // ---- the inverse ----------------------------------------------------------------------------------------------------------------
@@ -47,11 +53,12 @@ int64_t inverse_work(int64_t n) {
 
 template <class S>
 void inverse(const Job& job, int64_t n, void* work) {
-  const Matrix& out = job.out;
   S *tiles = static_cast<S*>(work), *rest = tiles + spd_tiles_size<S>(n);
-  const int64_t info = load_spd_tiles(job.block, n, job.damping, tiles, rest) ? spd_eliminate(tiles, n, rest) : -1;
+  const Matrix& out = job.out;
+  const int64_t info = load_spd_tiles(job, n, tiles, rest) ? spd_eliminate(tiles, n, rest) : -1;
   *job.info = static_cast<int32_t>(info);
   if (info != 0) return fill_nan<S>(out, n);
+  if (out.column_stride == 1) return spd_store_negated(tiles, n, static_cast<S*>(out.data), out.row_stride, rest);
   for (int64_t i = 0; i < tiles_of<S>(n); ++i)
     for (int64_t j = 0; j <= i; ++j) {
       S* tile = tile_at(tiles, i, j);
@@ -88,7 +95,7 @@ void factor(const Job& job, int64_t n, void* work) {
     *job.info = static_cast<int32_t>(info);
     fill_nan<S>(out, n);
   };
-  if (!load_spd_tiles(job.block, n, job.damping, tiles, row)) return failed(-1);
+  if (!load_spd_tiles(job, n, tiles, row)) return failed(-1);
   for (int64_t k = 0; k < tiles_of<S>(n); ++k) {
     const S* above = column_panel(panels, k);
     S* diagonal = column_panel(panels, k) + k * kArea;

@@ -159,29 +159,22 @@ MFAC_INLINE void mirror_upper(const S* tile, S* out) {
     }
 }
 
-// out (n, n) = -tiles, both triangles.
+// out (n, n) = -tiles, both triangles, a band of tiles at a time: whole rows of out are written one after the other. work: as
+// spd_eliminate's.
 template <class S>
 void spd_store_negated(const S* tiles, int64_t n, S* out, int64_t stride, S* work) {
   constexpr int64_t T = kTile<S>;
-  const auto write = [&](const S* tile, int64_t row, int64_t column) {
-    const int64_t height = n - row < T ? n - row : T, width = n - column < T ? n - column : T;
-    S* to = out + row * stride + column;
-    for (int64_t r = 0; r < height; ++r, to += stride, tile += T) {
-      if (width == T)
-        for (int v = 0; v < 2; ++v) store(to + v * kLanesOf<S>, -load<Vec<S>>(tile + v * kLanesOf<S>));
-      else
-        for (int64_t c = 0; c < width; ++c) to[c] = -tile[c];
-    }
-  };
   const int64_t count = tiles_of<S>(n);
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j <= i; ++j) {
-      const S* tile = tile_at(const_cast<S*>(tiles), i, j);
-      transpose_tile(tile, work);
-      if (i == j)
-        mirror_upper(tile, work);
-      else
-        write(tile, i * T, j * T);
-      write(work, j * T, i * T);
+  for (int64_t i = 0; i < count; ++i) {
+    const S* band = tile_at(const_cast<S*>(tiles), i, 0);
+    for (int64_t j = i; j < count; ++j) transpose_tile(tile_at(const_cast<S*>(tiles), j, i), work + j * kTileArea<S>);
+    mirror_upper(band + i * kTileArea<S>, work + i * kTileArea<S>);
+    for (int64_t r = 0; r < T && i * T + r < n; ++r) {
+      S* row = out + (i * T + r) * stride;
+      for (int64_t j = 0; j < count; ++j) {
+        const S* from = (j < i ? band : work) + j * kTileArea<S> + r * T;
+        for (int64_t v = 0; v < T; v += kLanesOf<S>) store_upto(row + j * T + v, -load<Vec<S>>(from + v), n - j * T - v);
+      }
     }
+  }
 }

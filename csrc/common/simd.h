@@ -205,7 +205,7 @@ MFAC_INLINE void narrow(fp16* p, f64v v) {
 
 // ---- ragged ends ----------------------------------------------------------------------------------------------------------------
 
-// The first n <= kLanesOf<S> elements of a vector; the rest are zero, or not written.
+// The first n < kLanesOf<S> elements of a vector; the rest are zero, or not written.
 template <class S>
 MFAC_INLINE Vec<S> load_first(const S* p, int64_t n) {
 #if MFAC_ISA_LEVEL == 2
@@ -229,6 +229,19 @@ MFAC_INLINE void store_first(S* p, Vec<S> v, int64_t n) {
 #else
   __builtin_memcpy(p, &v, n * sizeof(S));
 #endif
+}
+
+// The same, or the whole vector where n is as large. store_upto: nothing for n <= 0.
+template <class S>
+MFAC_INLINE Vec<S> load_upto(const S* p, int64_t n) {
+  return n >= kLanesOf<S> ? load<Vec<S>>(p) : load_first(p, n);
+}
+template <class S>
+MFAC_INLINE void store_upto(S* p, Vec<S> v, int64_t n) {
+  if (n >= kLanesOf<S>)
+    store(p, v);
+  else if (n > 0)
+    store_first(p, v, n);
 }
 
 // The first n < kLanes elements; the rest are zero.
