@@ -147,12 +147,13 @@ def _(inputs: Inputs) -> Iterator[Arguments]:
 @samples_of("gram")
 def _(inputs: Inputs) -> Iterator[Arguments]:
     for dtype in DTYPES:
-        yield (inputs.normal(M, D, dtype=dtype),)
+        for double_precision in (False, True):
+            yield inputs.normal(M, D, dtype=dtype), double_precision
 
 
 @samples_of("block_gram")
 def _(inputs: Inputs) -> Iterator[Arguments]:
-    yield inputs.normal(M, D), 100
+    yield inputs.normal(M, D), 100, False
 
 
 @samples_of("inverse_diagonal")

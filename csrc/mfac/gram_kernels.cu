@@ -24,20 +24,11 @@ namespace {
 constexpr int64_t kManyTasks = 1056;       // eight for each SM of an H200
 constexpr int64_t kSegmentColumns = 2048;  // at least
 constexpr int kShortSum = 128;  // columns: float32 sums of so many random products are wrong by 2e-7, of d of them by 2e-7 / sqrt(d / 128)
-constexpr int64_t kMostBlocks = 0x7fffffff;  // of a grid
 
 struct GramArguments {
   DeviceRows g;
   int64_t block_size, blocks, segments;
   double* sums;  // (blocks, segments, m, m), of which the lower triangles are written
-};
-
-// Tiles of Tile's shape that meet the lower triangle: row of tiles i has kRatio (i + 1) of them.
-template <class Tile>
-struct LowerTiles {
-  static constexpr int kRatio = Tile::kRows / Tile::kColumns;
-  static __host__ __device__ constexpr int64_t before(int64_t i) { return kRatio * i * (i + 1) / 2; }
-  static __host__ __device__ constexpr int64_t count(int64_t m) { return before(divide_up(m, Tile::kRows)); }
 };
 
 template <class T, class S, class Tile>
@@ -47,9 +38,7 @@ __global__ void __launch_bounds__(Tile::kThreads) gram_kernel(const GramArgument
   const int64_t m = a.g.rows, tiles = Lower::count(m);
   for (int64_t task = blockIdx.x; task < a.blocks * a.segments * tiles; task += gridDim.x) {
     const int64_t part = task / tiles, tile = task % tiles, segment = part % a.segments;
-    int64_t i = 0;
-    while (Lower::before(i + 1) <= tile) ++i;
-    const int64_t row = i * Tile::kRows, column = (tile - Lower::before(i)) * Tile::kColumns;
+    const auto [row, column] = Lower::at(tile);
     if (column >= m) continue;
     const int64_t first = part / a.segments * a.block_size, width = min(a.block_size, a.g.dim - first);
     const int64_t begin = first + width * segment / a.segments, depth = first + width * (segment + 1) / a.segments - begin;
@@ -107,14 +96,6 @@ __global__ void __launch_bounds__(kReduceWarps* kWarpSize)
     }
   }
 }
-
-// body.operator()<kSize>() for the tile that suits m rows
-template <class Body>
-auto for_size(int64_t m, const Body& body) {
-  return m <= 32 ? body.template operator()<32>() : m <= 64 ? body.template operator()<64>() : body.template operator()<128>();
-}
-
-unsigned grid_of(int64_t tasks) { return static_cast<unsigned>(std::min(tasks, kMostBlocks)); }
 
 }  // namespace
 

@@ -16,7 +16,6 @@ namespace mfac_kernels {
 namespace {
 
 constexpr int64_t kManyTasks = 528;  // four for each SM of an H200
-constexpr int64_t kMostBlocks = 0x7fffffff;
 constexpr int kThreads = 256;
 
 template <class T>
@@ -79,8 +78,6 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const double* partial,
     diagonal[j] = static_cast<S>((1 - sum) / damping);
   }
 }
-
-unsigned grid_of(int64_t tasks) { return static_cast<unsigned>(std::min(tasks, kMostBlocks)); }
 
 }  // namespace
 

@@ -7,6 +7,7 @@
 //   float     kThreadRows x kThreadColumns sums in each thread (FmaTile): 3 loads of 16 bytes for 32 multiply-adds
 //   double    tensor cores (MmaTile): exact products, every sum rounded to float64, twice the rate of plain multiply-adds on sm_80 to 100
 #pragma once
+#include <algorithm>
 #include <type_traits>
 
 #include "common/convert.cuh"
@@ -200,5 +201,30 @@ using ProductTile =
                                           std::conditional_t<kSize == 64, FmaTile<64, 64, 4, 4, 32>, FmaTile<32, 32, 4, 4, 16>>>,
                        std::conditional_t<kSize == 128, MmaTile<128, 64, 4, 2, 8>,
                                           std::conditional_t<kSize == 64, MmaTile<64, 64, 4, 2, 16>, MmaTile<32, 32, 2, 1, 8>>>>;
+
+// body.operator()<kSize>() for the tile that suits m rows
+template <class Body>
+auto for_size(int64_t m, const Body& body) {
+  return m <= 32 ? body.template operator()<32>() : m <= 64 ? body.template operator()<64>() : body.template operator()<128>();
+}
+
+// Kernels walk on by the size of the grid.
+inline unsigned grid_of(int64_t tasks) { return static_cast<unsigned>(std::min<int64_t>(tasks, 0x7fffffff)); }
+
+// The tiles of a symmetric matrix that meet the lower triangle: row of tiles i has kRatio (i + 1) of them.
+template <class Tile>
+struct LowerTiles {
+  static constexpr int kRatio = Tile::kRows / Tile::kColumns;
+  static __host__ __device__ constexpr int64_t before(int64_t i) { return kRatio * i * (i + 1) / 2; }
+  static __host__ __device__ constexpr int64_t count(int64_t m) { return before(divide_up(m, Tile::kRows)); }
+  struct Corner {
+    int64_t row, column;
+  };
+  static __device__ Corner at(int64_t tile) {
+    int64_t i = 0;
+    while (before(i + 1) <= tile) ++i;
+    return {i * Tile::kRows, (tile - before(i)) * Tile::kColumns};
+  }
+};
 
 }  // namespace mfac_kernels

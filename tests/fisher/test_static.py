@@ -130,8 +130,8 @@ def test_gradients_may_be_rows_of_a_larger_buffer_and_are_not_copied(dtype, bloc
     assert (static.count, static.ngrads) == (m + 1, m)
 
 
-def test_appending_does_not_write_to_the_caller_s_gradients(gradients):
-    buffer = gradients(6, 20)
+def test_appending_does_not_write_to_the_caller_s_gradients(gradients, device):
+    buffer = gradients(6, 20).to(device)
     before = buffer.clone()
     static = mk.StaticFisher(buffer[:3], 0.1)
     for row in buffer[3:]:
@@ -143,17 +143,17 @@ def test_appending_does_not_write_to_the_caller_s_gradients(gradients):
 @pytest.mark.parametrize(
     "query",
     [
-        lambda s: s.ihvp(torch.ones(9, dtype=torch.float64)),
+        lambda s: s.ihvp(torch.ones(9, dtype=torch.float64, device=s._rows.device)),
         lambda s: s.diagonal(),
         lambda s: s.element(0, 1),
         lambda s: s.elements(torch.tensor([0]), torch.tensor([1])),
         lambda s: s.submatrix(torch.tensor([0, 1])),
-        lambda s: s.append(torch.ones(9, dtype=torch.float64)),
+        lambda s: s.append(torch.ones(9, dtype=torch.float64, device=s._rows.device)),
     ],
     ids=["ihvp", "diagonal", "element", "elements", "submatrix", "append"],
 )
-def test_a_change_in_place_does_not_pass_unseen(query, block_size, gradients):
-    g = gradients(4, 9)
+def test_a_change_in_place_does_not_pass_unseen(query, block_size, gradients, device):
+    g = gradients(4, 9).to(device)
     static = mk.StaticFisher(g, 0.1, block_size=block_size)
     query(static)
     g[2, 5] += 1
@@ -256,26 +256,26 @@ def test_no_graph_is_left(device):
     assert not any(t.requires_grad for t in results)
 
 
-def test_gradients_made_in_inference_mode(gradients):
+def test_gradients_made_in_inference_mode(gradients, device):
     with torch.inference_mode():
-        g = gradients(4, 9) * 1
+        g = gradients(4, 9).to(device) * 1
         static = mk.StaticFisher(g, 0.1)
-        x = torch.ones(9, dtype=torch.float64)
+        x = torch.ones(9, dtype=torch.float64, device=device)
         got = static.ihvp(x)
-    want = reference.ihvp(g.clone(), 0.1, 4, x.clone())
+    want = reference.ihvp(g.clone().cpu(), 0.1, 4, x.clone().cpu())
     assert error(got.clone(), want) <= 1e-12
 
 
 @pytest.mark.parametrize("block_size", [None, 2])
-def test_rows_further_apart_than_2_to_the_31(block_size, gradients):
+def test_rows_further_apart_than_2_to_the_31(block_size, gradients, device):
     """The index arithmetic of more than 2^32 elements, of which three short rows are touched."""
     d, stride = 5000, 2**31 + 8191
     try:
-        memory = torch.empty(2 * stride + d, dtype=torch.bfloat16)
+        memory = torch.empty(2 * stride + d, dtype=torch.bfloat16, device=device)
     except RuntimeError as failure:
         pytest.skip(f"cannot reserve 8.6 GB of address space: {failure}")
-    near = gradients(3, d, dtype=torch.bfloat16)
+    near = gradients(3, d, dtype=torch.bfloat16).to(device)
     far = memory.as_strided((3, d), (stride, 1)).copy_(near)
-    x = gradients(2, d, seed=1, dtype=torch.float32)
+    x = gradients(2, d, seed=1, dtype=torch.float32).to(device)
     results = [everything(mk.StaticFisher(g, 0.1, block_size=block_size), x) for g in (far, near)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
