@@ -118,16 +118,13 @@ class FisherWindow:
         return self._combine_newest(coefficients, g.dtype)
 
     def try_update_ihvp(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`update_ihvp` that refuses a non-finite ``g`` quietly: returns (F^-1 g, or ``g`` as it came; accepted).
+        """:meth:`update_ihvp` that refuses a non-finite ``g`` quietly: returns (F^-1 g, or zeros; accepted).
 
         ``accepted`` () is a bool tensor on the window's device; nothing synchronises there. Refusals are counted in
         :attr:`refused`.
         """
-        accepted, coefficients = self._insert(g, quietly=True)
-        if self.device.type == "cpu" and not accepted:
-            return g, accepted
-        y = self._combine_newest(coefficients, g.dtype)
-        return (y if self.device.type == "cpu" else torch.where(accepted, y, g)), accepted
+        accepted, coefficients = self._insert(g, quietly=True)  # which are zero if it was refused
+        return self._combine_newest(coefficients, g.dtype), accepted
 
     def check(self) -> None:
         """Raise ValueError if a gradient has been refused since the last call. Synchronises with the device."""

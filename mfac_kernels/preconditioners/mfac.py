@@ -112,7 +112,7 @@ class MFAC(Preconditioner):
         self.steps += 1
 
     def _step_window(self, window: _Window, momentum: float, decay: float) -> None:
-        held = [i for i, p in enumerate(window.params) if p.grad is not None]
+        held = [i for i, p in enumerate(window.params) if p.grad is not None and p.numel() > 0]
         if not held:
             return
         params = [window.params[i] for i in held]
@@ -123,23 +123,25 @@ class MFAC(Preconditioner):
         if momentum and self.momentum_mode == "coupled":
             g = torch.add(g, window.buffer, alpha=momentum)
         u, accepted = window.fisher.try_update_ihvp(g)
+        asks = g.device.type == "cpu"  # elsewhere it would synchronise
+        if asks and not accepted:
+            if all(bool(grad.isfinite().all()) for grad in grads):
+                torch._foreach_zero_(grads)
+            return
         if momentum and self.momentum_mode == "decoupled":
-            u = torch.add(u, window.buffer, alpha=momentum)
+            u = torch.addcmul(u, window.buffer, accepted.to(u.dtype) * momentum)
         averaged = u if self.momentum_mode == "decoupled" else g
-        if g.device.type == "cpu":
-            if not accepted:
-                if all(bool(grad.isfinite().all()) for grad in grads):
-                    torch._foreach_zero_(grads)
-                return
-        else:  # the same without asking the device
-            raw = window.gather(held, grads)
-            averaged = torch.where(accepted, averaged, window.buffer)
-            u = torch.where(accepted, u, torch.where(raw.isfinite().all(), 0, raw))
-        window.buffer.copy_(averaged)  # in place: state_dict's tensors are the live ones
+        # In place: state_dict's tensors are the live ones.
+        window.buffer.copy_(averaged if asks else torch.where(accepted, averaged, window.buffer))
         if decay and self.weight_decay_mode == "decoupled":
             decays = torch._foreach_mul(params, accepted.to(u.dtype) * decay)
             torch._foreach_add_(window.views(u, held), decays)
-        torch._foreach_copy_(grads, window.views(u, held))
+        if asks:
+            torch._foreach_copy_(grads, window.views(u, held))
+        else:  # u is zero if g was refused: .grad stays if it is not finite, and becomes u otherwise
+            finite = torch.stack([n.to(u.dtype) for n in torch._foreach_norm(grads, float("inf"))]).isfinite().all()
+            torch._foreach_mul_(grads, (~finite).to(u.dtype))
+            torch._foreach_add_(grads, window.views(u, held))
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
         """Not possible: the window's gradients have no entries for new parameters. Raises RuntimeError."""
