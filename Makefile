@@ -13,12 +13,13 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench lint sanitize simt cuda-check cuda-wheel gpu wheel clean
+.PHONY: help install demo test bench paper-fig1 lint sanitize simt cuda-check cuda-wheel gpu wheel clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
 	@echo 'make test      build, then run the tests'
 	@echo 'make bench     build, then run the benchmarks'
+	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make simt      the op tests on the CUDA kernels, run on the CPU in three orders of threads'
@@ -63,6 +64,11 @@ $(stamp)-%: pyproject.toml | $(stamp)
 	$(pip) install 'mfac_kernels[$*]'
 	touch $@
 
+# Other libraries, to compare with.
+$(stamp)-peers: tests/peers.txt | $(stamp)-test
+	$(pip) install --no-deps --requirement tests/peers.txt
+	touch $@
+
 install: $(stamp)
 
 # ---- use ------------------------------------------------------------------------------------------------------------------------
@@ -70,11 +76,14 @@ install: $(stamp)
 demo: $(stamp) $(stamp)-demo
 	$(bin)/mfac-kernels train --data cifar10 --fallback --optimizers sgd,mfac --budget $(BUDGET) --out runs/demo
 
-test: $(stamp) $(stamp)-test
+test: $(stamp) $(stamp)-test $(stamp)-peers
 	$(bin)/pytest
 
 bench: $(stamp) $(stamp)-test
 	$(bin)/pytest benchmarks
+
+paper-fig1: $(stamp) $(stamp)-demo
+	$(bin)/python benchmarks/paper_fig1.py
 
 # ---- checks ---------------------------------------------------------------------------------------------------------------------
 

@@ -25,12 +25,12 @@ def second_moment(rows: Tensor, weights: Tensor | None = None, bias: bool = Fals
 
 def linear_factor(x: Tensor, weights: Tensor | None = None, bias: bool = False) -> Tensor:
     """Of x (..., D), weights (...)."""
-    return second_moment(x.reshape(-1, x.shape[-1]), None if weights is None else weights.reshape(-1), bias)
+    return second_moment(_rows(x), None if weights is None else weights.reshape(-1), bias)
 
 
 def cross_factor(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     """sum_r w_r x_r y_r^T of x (..., D), y (..., E)."""
-    left, right = x.reshape(-1, x.shape[-1]).double(), y.reshape(-1, y.shape[-1]).double()
+    left, right = _rows(x).double(), _rows(y).double()
     return left.mT @ (right if weights is None else right * weights.reshape(-1, 1).double())
 
 
@@ -62,7 +62,7 @@ def patches(
         x = picked.reshape(*x.shape[:at], kernel_size[d], positions, *x.shape[at + 1 :])
     n, c = x.shape[:2]
     order = [0, 1, *range(2, 2 + 2 * dims, 2), *range(3, 3 + 2 * dims, 2)]
-    return x.permute(order).reshape(n, c, math.prod(kernel_size), -1)
+    return x.permute(order).reshape(n, c, math.prod(kernel_size), math.prod(x.shape[3::2]))
 
 
 def conv_factor(
@@ -112,3 +112,7 @@ def sua_projection(factor: Tensor, channels: int, offsets: int, bias: bool = Fal
 def block_diagonal(factor: Tensor, size: int) -> list[Tensor]:
     """The diagonal blocks of factor (D, D), the last one ragged."""
     return [factor[k : k + size, k : k + size] for k in range(0, len(factor), size)]
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])

@@ -118,6 +118,36 @@ class MFACConfig(OptimizerConfig):
         return torch.optim.SGD(model.parameters(), lr=self.lr), preconditioner.step
 
 
+@dataclass(frozen=True)
+class KFACConfig(OptimizerConfig):
+    """torch's SGD with momentum on the gradients that K-FAC preconditions."""
+
+    name = "kfac"
+    label = "K-FAC"
+
+    damping: float = 0.03
+    inv_update_steps: int = 50
+    spatial: Literal["full", "sua"] = "full"
+    group_size: int | None = None
+
+    def build(self, model: nn.Module) -> Built:
+        from mfac_kernels import KFAC  # only here: SGD runs without the compiled extension
+
+        preconditioner = KFAC(
+            model,
+            self.damping,
+            inv_update_steps=self.inv_update_steps,
+            spatial=self.spatial,
+            group_size=self.group_size,
+            kl_clip=None,
+            normalization="skip",
+        )
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+        return optimizer, preconditioner.step
+
+
 _NORMALIZATIONS: tuple[tuple[int, _Normalize], ...] = ((128, "seen"), (512, "ngrads"), (512, "seen"))
 GRID: dict[str, tuple[OptimizerConfig, ...]] = {
     "sgd": tuple(SGDConfig(lr=lr) for lr in (0.03, 0.1, 0.3)),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["MODELS", "ResNet20", "build_model", "cnn", "mlp"]
+__all__ = ["MODELS", "ResNet20", "build_model", "cnn", "mlp", "vgg11"]
 
 
 class _Block(nn.Module):
@@ -56,6 +56,30 @@ class ResNet20(nn.Module):
         features = self.blocks(self.stem(x)).mean(dim=(2, 3))
         logits: Tensor = self.head(features)
         return logits
+
+
+def vgg11(in_channels: int, num_classes: int, width: int = 64) -> nn.Module:
+    """VGG-11 for images of 32 x 32, with batch normalization (Simonyan, Zisserman, 2014, configuration A).
+
+    ``width``: channels of the first layer; the others have 2, 4 and 8 times as many.
+    """
+    layers: list[nn.Module] = []
+    channels = in_channels
+    for factor in (1, 0, 2, 0, 4, 4, 0, 8, 8, 0, 8, 8, 0):
+        if factor == 0:
+            layers.append(nn.MaxPool2d(2))
+            continue
+        layers += [
+            nn.Conv2d(channels, factor * width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(factor * width),
+            nn.ReLU(),
+        ]
+        channels = factor * width
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels, num_classes))
+    for module in model:
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return model
 
 
 def cnn(in_channels: int, num_classes: int, image_size: tuple[int, int]) -> nn.Module:

@@ -354,7 +354,7 @@ def test_embedding_factor(shape, count, padding, dtype, seed, device):
     indices = torch.randint(0, count, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     padding_idx = seed % count if padding else None
     old = torch.arange(count, dtype=torch.float32)
-    factor = old.to(device)
+    factor = old.clone().to(device)
     ops.embedding_factor_(factor, strided(indices, seed % 2).to(device), padding_idx=padding_idx, beta=0.5, alpha=2.0)
     want = 0.5 * old + 2 * reference.embedding_factor(indices, count, padding_idx)
     torch.testing.assert_close(factor.cpu().double(), want.double(), rtol=1e-6, atol=0)
@@ -389,7 +389,7 @@ def test_non_finite_rows_change_nothing(value, dtype, instruction_set, device):
     x[1, 37, 31] = value
     old = random((34, 34), factor_dtype(dtype), 1)
     old = old + old.mT
-    factor = old.to(device)
+    factor = old.clone().to(device)
     flag = ops.linear_factor_(factor, x.to(device), bias=True, beta=0.5, check_finite=True)
     assert flag.tolist() == [1] and torch.equal(factor.cpu(), old)
     flag = ops.linear_factor_(factor, x[:1].to(device), bias=True, beta=0.5, check_finite=True)
@@ -406,7 +406,7 @@ def test_non_finite_images_change_nothing(conv, dtype, instruction_set, device):
     conv = replace(conv, channels=6, image=(7, 7))
     x = conv.input(dtype).contiguous()
     old = conv.reference(x).to(factor_dtype(dtype))
-    factor, flag = old.to(device), torch.zeros(1, dtype=torch.int32, device=device)
+    factor, flag = old.clone().to(device), torch.zeros(1, dtype=torch.int32, device=device)
     bad = x.clone()
     bad[1, 5, 6, 6] = float("nan")
     conv.accumulate(factor, bad.to(device), check_finite=flag)

@@ -1,0 +1,258 @@
+"""Two ways to invert B (x) A + damping: by inverses of damped factors, and in the eigenbases of the factors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mfac_kernels import ops
+from mfac_kernels.fisher._layout import multiply_inputs, multiply_outputs
+from mfac_kernels.fisher._stack import Stack
+
+State = dict[str, list[Tensor]]
+
+
+class Inverses(ABC):
+    """What :meth:`refresh` computes from the averages and :meth:`apply` multiplies with. At first the identity."""
+
+    def __init__(self, stacks: Sequence[Stack]) -> None:
+        self.stacks = stacks
+        self._index = {id(stack): i for i, stack in enumerate(stacks)}
+
+    @abstractmethod
+    def refresh(self, damping: float, rows: Sequence[list[int]]) -> None:
+        """``rows``: which layers, for each stack."""
+
+    @abstractmethod
+    def apply(self, stack: Stack, x: Tensor) -> Tensor:
+        """F^-1 of this stack's layers times x (layers, groups, outputs, uses, inputs)."""
+
+    @abstractmethod
+    def views(self, stack: Stack, row: int) -> list[Tensor]:
+        """What :meth:`refresh` writes for one layer."""
+
+    @abstractmethod
+    def state_dict(self) -> State: ...
+
+    def sums(self) -> list[Tensor]:
+        """Sums over a batch."""
+        return []
+
+    def update(self, take: Tensor, output_scale: Tensor | None) -> None:  # noqa: B027  (most keep no averages)
+        """Let the sums enter the averages."""
+
+    def diagnostics(self) -> dict[str, float]:
+        return {}
+
+
+class FactoredInverses(Inverses):
+    """F^-1 = (B + sqrt(damping / pi) I)^-1 (x) (A + sqrt(damping pi) I)^-1.
+
+    What is stored of a factor average = sum / weight is the inverse of sum + weight * its damping, and the product of
+    the weights as a scale: no pass over the factors is needed for the division.
+    """
+
+    def __init__(self, stacks: Sequence[Stack], pi_correction: bool) -> None:
+        super().__init__(stacks)
+        self.pi_correction = pi_correction
+        self._inputs = [_identity(stack.inputs, stack.shape.diagonal) for stack in stacks]
+        self._outputs = [_identity(stack.outputs) for stack in stacks]
+        self._scales = [torch.ones_like(stack.weight) for stack in stacks]
+        place = stacks[0].weight.device if stacks else None
+        # Blocks by what became of them: inverted in float64, at a larger damping, and kept from before
+        self._repeated, self._damped, self._kept = (torch.zeros(1, dtype=torch.int64, device=place) for _ in range(3))
+
+    def refresh(self, damping: float, rows: Sequence[list[int]]) -> None:
+        batches: list[Tensor] = []
+        dampings: list[Tensor] = []
+        targets: list[Tensor] = []
+        for i, (stack, chosen) in enumerate(zip(self.stacks, rows, strict=True)):
+            for row in _runs(chosen):
+                weight = _nonzero(stack.weight[row])[:, None]
+                pi = self._pi(stack, row)
+                self._scales[i][row] = weight[:, 0] ** 2
+                of_inputs, of_outputs = (damping * pi).sqrt() * weight, (damping / pi).sqrt() * weight
+                if stack.shape.unit:
+                    of_inputs, of_outputs = damping * weight, torch.zeros_like(weight)
+                if stack.shape.diagonal:
+                    self._inputs[i][row] = (stack.inputs[row] + of_inputs).reciprocal()
+                sides = [(stack.outputs[row], of_outputs, self._outputs[i][row])]
+                if not stack.shape.diagonal:
+                    sides.append((stack.inputs[row], of_inputs, self._inputs[i][row]))
+                for factor, shift, target in sides:
+                    batches.append(factor)
+                    dampings.append(shift.expand(factor.shape[:2]))
+                    targets.append(target)
+        found = ops.robust_cholesky_inverse(batches, dampings)
+        for target, inverse, attempts in zip(targets, found.inverses, found.attempts, strict=True):
+            if target.device.type == "cpu" and not bool(attempts.any()):
+                target.copy_(inverse)
+                continue
+            failed = attempts < 0
+            target.copy_(torch.where(failed[..., None, None], target, inverse))
+            self._repeated += (attempts == 1).sum()
+            self._damped += (attempts > 1).sum()
+            self._kept += failed.sum()
+
+    def _pi(self, stack: Stack, row: slice) -> Tensor:
+        """(layers, groups), or (layers, 1) where blocks are parts of one factor."""
+        means = []
+        for factor, width in ((stack.inputs, stack.shape.input_width), (stack.outputs, stack.shape.outputs)):
+            factor = factor[row]
+            trace = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+            if stack.shape.groups == 1:
+                trace = trace.sum(-1, keepdim=True)
+            means.append(trace / width)
+        pi = means[0] / means[1]
+        usable = pi.isfinite() & (pi > 0) if self.pi_correction else torch.zeros_like(pi, dtype=torch.bool)
+        return torch.where(usable, pi, 1)
+
+    def apply(self, stack: Stack, x: Tensor) -> Tensor:
+        i = self._index[id(stack)]
+        inputs = self._inputs[i]
+        x = x * self._scales[i][:, None, None, None, None]
+        x = x * inputs[:, None, None, None] if stack.shape.diagonal else multiply_inputs(x, inputs)
+        return multiply_outputs(self._outputs[i], x)
+
+    def views(self, stack: Stack, row: int) -> list[Tensor]:
+        i = self._index[id(stack)]
+        return [self._inputs[i][row], self._outputs[i][row], self._scales[i][row]]
+
+    def state_dict(self) -> State:
+        counts = [self._repeated, self._damped, self._kept]
+        return {"inputs": self._inputs, "outputs": self._outputs, "scales": self._scales, "counts": counts}
+
+    def diagnostics(self) -> dict[str, float]:
+        """Blocks since the start: inverted in float64; with a larger damping; not at all, their last inverse kept."""
+        return {
+            "blocks_in_float64": int(self._repeated),
+            "blocks_damped": int(self._damped),
+            "blocks_kept": int(self._kept),
+        }
+
+
+class Eigenbases(Inverses):
+    """F^-1 = (U_B (x) U_A) diag(1 / (s + damping)) (U_B (x) U_A)^T, with s = s_B (x) s_A.
+
+    With the eigenvalue correction (EKFAC) s is a moving average of the squared gradient in that basis, which starts
+    from s_B (x) s_A whenever the basis changes.
+
+    Source: George et al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis", NeurIPS 2018.
+    """
+
+    def __init__(self, stacks: Sequence[Stack], eigen_correction: bool) -> None:
+        super().__init__(stacks)
+        self.eigen_correction = eigen_correction
+        self._inputs = [_identity(stack.inputs, stack.shape.diagonal) for stack in stacks]
+        self._outputs = [_identity(stack.outputs) for stack in stacks]
+        # (layers, groups, outputs, 1, inputs)
+        self.moments = [
+            stack.inputs.new_ones(len(stack.layers), s.groups, s.outputs, 1, s.input_width)
+            for stack in stacks
+            for s in [stack.shape]
+        ]
+        self._sums = [torch.zeros_like(m) for m in self.moments] if eigen_correction else []
+        self._dampings = [torch.zeros_like(stack.weight) for stack in stacks]
+
+    def refresh(self, damping: float, rows: Sequence[list[int]]) -> None:
+        for i, (stack, chosen) in enumerate(zip(self.stacks, rows, strict=True)):
+            for row in _runs(chosen):
+                weight = _nonzero(stack.weight[row])[:, None, None]
+                if stack.shape.diagonal:
+                    of_inputs = stack.inputs[row][:, None] / weight
+                else:
+                    of_inputs = _eigh(stack.inputs[row], stack.shape.input_width, self._inputs[i][row]) / weight
+                of_outputs = _eigh(stack.outputs[row], stack.shape.outputs, self._outputs[i][row]) / weight
+                if stack.shape.groups == 1:  # blocks follow one another; the ragged end is cut off
+                    of_inputs = of_inputs.flatten(1)[:, None, : stack.shape.input_width]
+                    of_outputs = of_outputs.flatten(1)[:, None, : stack.shape.outputs]
+                self.moments[i][row] = of_outputs[..., None, None] * of_inputs[:, :, None, None]
+                self._dampings[i][row] = damping
+
+    def add_moments(self, stack: Stack, row: int, inputs: Tensor, gradients: Tensor, alpha: float) -> None:
+        if not self.eigen_correction or stack.shape.sua:
+            raise ValueError("add_moments: expected eigen_correction, and full spatial factors")
+        i = self._index[id(stack)]
+        a, g = (
+            multiply_inputs(rows.to(basis.dtype)[None, :, :, None], basis[row : row + 1])[0, :, :, 0]
+            if basis.dim() == 4
+            else rows.to(basis.dtype)
+            for rows, basis in ((inputs, self._inputs[i]), (gradients, self._outputs[i]))
+        )
+        self._sums[i][row, :, :, 0] += alpha * (g.square().mT @ a.square())
+
+    def sums(self) -> list[Tensor]:
+        return self._sums
+
+    def update(self, take: Tensor, output_scale: Tensor | None) -> None:
+        for moments, total in zip(self.moments, self._sums, strict=False):
+            scaled = total if output_scale is None else total * output_scale
+            moments.copy_(torch.where(take > 0, moments.lerp(scaled.to(moments), take.to(moments.dtype)), moments))
+            total.zero_()
+
+    def to_basis(self, stack: Stack, x: Tensor) -> Tensor:
+        """U_B^T x U_A."""
+        i = self._index[id(stack)]
+        if not stack.shape.diagonal:
+            x = multiply_inputs(x, self._inputs[i])
+        return multiply_outputs(self._outputs[i].mT, x)
+
+    def apply(self, stack: Stack, x: Tensor) -> Tensor:
+        i = self._index[id(stack)]
+        x = self.to_basis(stack, x) / (self.moments[i] + self._dampings[i][:, None, None, None, None])
+        if not stack.shape.diagonal:
+            x = multiply_inputs(x, self._inputs[i].mT)
+        return multiply_outputs(self._outputs[i], x)
+
+    def views(self, stack: Stack, row: int) -> list[Tensor]:
+        i = self._index[id(stack)]
+        return [self._inputs[i][row], self._outputs[i][row], self.moments[i][row], self._dampings[i][row]]
+
+    def state_dict(self) -> State:
+        return {
+            "inputs": self._inputs,
+            "outputs": self._outputs,
+            "moments": self.moments,
+            "dampings": self._dampings,
+        }
+
+
+def _identity(factor: Tensor, diagonal: bool = False) -> Tensor:
+    if diagonal:
+        return torch.ones_like(factor)
+    return torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor).contiguous()
+
+
+def _runs(rows: list[int]) -> list[slice]:
+    """Slices that cover ascending ``rows``, as few as possible: views, not copies."""
+    runs: list[slice] = []
+    for row in rows:
+        if runs and runs[-1].stop == row:
+            runs[-1] = slice(runs[-1].start, row + 1)
+        else:
+            runs.append(slice(row, row + 1))
+    return runs
+
+
+def _nonzero(weight: Tensor) -> Tensor:
+    """A layer that has seen nothing has factors of zero, whatever they are divided by."""
+    return torch.where(weight > 0, weight, 1)
+
+
+def _eigh(factor: Tensor, width: int, vectors: Tensor) -> Tensor:
+    """Eigenvalues (layers, blocks, s) of the blocks of a factor of `width` rows; writes the eigenvectors.
+
+    The padding of a ragged block is given the largest eigenvalues: its eigenvectors come last, as its rows do.
+    """
+    padding = -width % factor.shape[-1]
+    if padding:
+        factor = factor.clone()
+        diagonal = factor[:, -1].diagonal(dim1=-2, dim2=-1)
+        diagonal[:, -padding:] = 2 * diagonal.sum(-1, keepdim=True) + 1
+    values, basis = torch.linalg.eigh(factor)
+    vectors.copy_(basis)
+    clamped: Tensor = values.clamp_min(0)
+    return clamped

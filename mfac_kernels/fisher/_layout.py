@@ -1,0 +1,132 @@
+"""How a layer's weight gradient and its two Kronecker factors lie in memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mfac_kernels.fisher._checks import positive_int
+
+
+@dataclass(frozen=True)
+class KroneckerShape:
+    """A layer: its gradient is (groups * outputs, inputs * offsets + bias), its Fisher block B (x) A for each group.
+
+    Attributes:
+        outputs, inputs: of one group.
+        offsets: positions of a convolution's kernel; columns are ordered (input, offset), the bias last.
+        groups: independent pairs of factors, those of a grouped convolution.
+        bias: the last column is the bias's.
+        sua: A is over inputs (and bias) alone and is used at every offset.
+        input_block, output_block: keep the block diagonal of A, of B, in blocks of this size; the last one is ragged
+            and padded with zeros. None: dense.
+        diagonal: A is diagonal (an embedding's).
+        unit: B is the number 1 and A the whole block, damped as it is (the scale and shift of a normalisation layer).
+    """
+
+    outputs: int
+    inputs: int
+    offsets: int = 1
+    groups: int = 1
+    bias: bool = False
+    sua: bool = False
+    input_block: int | None = None
+    output_block: int | None = None
+    diagonal: bool = False
+    unit: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("outputs", "inputs", "offsets", "groups"):
+            positive_int(name, getattr(self, name))
+        for name in ("input_block", "output_block"):
+            if getattr(self, name) is not None:
+                positive_int(name, getattr(self, name))
+                if self.groups > 1:
+                    raise ValueError(f"{name}: expected None with groups = {self.groups}, got {getattr(self, name)}")
+
+    @property
+    def input_width(self) -> int:
+        """Rows of A."""
+        return self.inputs * (1 if self.sua else self.offsets) + self.bias
+
+    @property
+    def uses(self) -> int:
+        """How often A is used in a row of the gradient."""
+        return self.offsets if self.sua else 1
+
+    @property
+    def columns(self) -> int:
+        return self.inputs * self.offsets + self.bias
+
+    @property
+    def input_factor(self) -> tuple[int, ...]:
+        """(blocks, size, size), or (inputs,) if A is diagonal."""
+        if self.diagonal:
+            return (self.inputs,)
+        return _factor(self.groups, self.input_width, self.input_block)
+
+    @property
+    def output_factor(self) -> tuple[int, int, int]:
+        """(blocks, size, size)."""
+        return _factor(self.groups, self.outputs, self.output_block)
+
+
+def _factor(groups: int, width: int, block: int | None) -> tuple[int, int, int]:
+    if block is None or block >= width:
+        return groups, width, width
+    return -(-width // block), block, block
+
+
+def spread(shape: KroneckerShape, gradient: Tensor) -> Tensor:
+    """(layers, groups * outputs, columns) -> (layers, groups, outputs, uses, input_width), a view unless ``sua``.
+
+    The bias of a layer with SUA is shared by the offsets: each gets 1 / sqrt(offsets) of it, so that the map keeps
+    norms and :func:`gather`, its transpose, undoes it.
+    """
+    x = gradient.reshape(len(gradient), shape.groups, shape.outputs, shape.columns)
+    if not shape.sua:
+        return x[..., None, :]
+    pixels = x[..., : shape.inputs * shape.offsets]
+    weight = pixels.reshape(*x.shape[:-1], shape.inputs, shape.offsets).mT
+    if not shape.bias:
+        return weight
+    share = x[..., -1:, None] / math.sqrt(shape.offsets)
+    return torch.cat([weight, share.expand(*weight.shape[:-1], 1)], dim=-1)
+
+
+def gather(shape: KroneckerShape, x: Tensor) -> Tensor:
+    """The transpose of :func:`spread`."""
+    if not shape.sua:
+        return x.flatten(3).flatten(1, 2)
+    weight = x[..., : shape.inputs].mT.flatten(-2)
+    if shape.bias:
+        bias = x[..., -1].sum(-1, keepdim=True) / math.sqrt(shape.offsets)
+        weight = torch.cat([weight, bias], dim=-1)
+    return weight.flatten(1, 2)
+
+
+def multiply_inputs(x: Tensor, matrix: Tensor) -> Tensor:
+    """``x @ matrix`` along the inputs: x (layers, groups, outputs, uses, a), matrix (layers, blocks, s, s)."""
+    rows = x.flatten(2, 3)
+    if matrix.shape[1] == x.shape[1]:
+        return (rows @ matrix).view_as(x)
+    return _multiply_blocks(rows.mT[:, 0], matrix.mT).mT.reshape(x.shape)
+
+
+def multiply_outputs(matrix: Tensor, x: Tensor) -> Tensor:
+    """``matrix @ x`` along the outputs: matrix (layers, blocks, s, s), x (layers, groups, outputs, uses, a)."""
+    rows = x.flatten(3)
+    if matrix.shape[1] == x.shape[1]:
+        return (matrix @ rows).view_as(x)
+    return _multiply_blocks(rows[:, 0], matrix).view_as(x)
+
+
+def _multiply_blocks(x: Tensor, blocks: Tensor) -> Tensor:
+    """Block-diagonal (layers, blocks, s, s) times x (layers, width, n); rows past the width are padding."""
+    count, size = blocks.shape[1:3]
+    padded = F.pad(x, (0, 0, 0, count * size - x.shape[1])).view(len(x), count, size, x.shape[2])
+    return (blocks @ padded).flatten(1, 2)[:, : x.shape[1]]

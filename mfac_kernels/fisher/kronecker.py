@@ -1,0 +1,270 @@
+"""Kronecker-factored Fisher matrices: F_l = B_l (x) A_l for each layer, and products with their damped inverses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mfac_kernels import ops
+from mfac_kernels.fisher._checks import index, positive_float
+from mfac_kernels.fisher._inverses import Eigenbases, FactoredInverses, Inverses
+from mfac_kernels.fisher._layout import KroneckerShape, gather, spread
+from mfac_kernels.fisher._stack import Stack
+
+__all__ = ["KroneckerFisher", "KroneckerShape"]
+
+Write = Callable[[Tensor, float], object]
+"""write(sum, beta): sum <- beta sum + what is added. ``ops.linear_factor_`` and its kin do just that."""
+
+
+class KroneckerFisher:
+    """Two factors a layer, their moving averages, and F^-1 times gradients. Knows nothing of modules.
+
+        fisher = KroneckerFisher([KroneckerShape(outputs=10, inputs=64, bias=True)], damping=1e-3)
+        fisher.add_inputs(0, lambda total, beta: ops.linear_factor_(total, a, bias=True, beta=beta, alpha=1 / n))
+        fisher.add_outputs(0, lambda total, beta: ops.linear_factor_(total, g, beta=beta, alpha=1 / n))
+        fisher.update()                     # the sums of this batch enter the averages
+        fisher.refresh()                    # inverses of the averages
+        (step,) = fisher.ihvp([gradient])   # (10, 65)
+
+    A batch that is not finite changes nothing: pass :attr:`refused` as ``check_finite`` of the ops, and :meth:`update`
+    leaves all averages as they are if it is set, without a synchronisation. The averages are debiased: after t batches
+    a factor is its exponential sum over 1 - decay^t, so there is no identity to forget.
+
+    Layers of one shape are stacked: they are inverted and applied together, and so are all blocks of all layers.
+
+    Args:
+        shapes: one for each layer.
+        damping: lambda > 0.
+        factor_decay: of the moving averages, in [0, 1).
+        style: ``"factored"``: (A + sqrt(lambda pi) I, B + sqrt(lambda / pi) I), by batched Cholesky inverses.
+            ``"exact"``: B (x) A + lambda I in the eigenbasis of the factors.
+        pi_correction: pi = (tr A / dim A) / (tr B / dim B) (Martens, Grosse 2015, section 6.3), else 1.
+        eigen_correction: with ``"exact"``, eigenvalues are re-estimated by :meth:`add_moments` (EKFAC) from one
+            :meth:`refresh` to the next, from those of B (x) A on.
+        dtype: of the factors, float32 or float64.
+        device: of the factors.
+
+    Source: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[KroneckerShape],
+        damping: float = 1e-3,
+        *,
+        factor_decay: float = 0.95,
+        style: Literal["factored", "exact"] = "factored",
+        pi_correction: bool = True,
+        eigen_correction: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype: expected float32 or float64, got {dtype}")
+        if style not in ("factored", "exact"):
+            raise ValueError(f'style: expected "factored" or "exact", got {style!r}')
+        if eigen_correction and style != "exact":
+            raise ValueError(f'eigen_correction: expected style "exact", got {style!r}')
+        if not 0 <= factor_decay < 1:
+            raise ValueError(f"factor_decay: expected a number in [0, 1), got {factor_decay}")
+        self.shapes = tuple(shapes)
+        self.damping = positive_float("damping", damping)
+        self.factor_decay = factor_decay
+        members: dict[KroneckerShape, list[int]] = {}
+        for layer, shape in enumerate(self.shapes):
+            members.setdefault(shape, []).append(layer)
+        self._stacks = [Stack(shape, layers, dtype, device) for shape, layers in members.items()]
+        self._place = {layer: (stack, row) for stack in self._stacks for row, layer in enumerate(stack.layers)}
+        self.refused = torch.zeros(1, dtype=torch.int32, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # batches accepted, refused
+        self.eigen_correction = eigen_correction
+        self._inverses: Inverses = (
+            FactoredInverses(self._stacks, pi_correction)
+            if style == "factored"
+            else Eigenbases(self._stacks, eigen_correction)
+        )
+
+    # ---- factors ---------------------------------------------------------------------------------------------------
+
+    def add_inputs(self, layer: int, write: Write) -> None:
+        """Add to this batch's A of a layer: ``write`` gets the sum, (a, a), (blocks, s, s) or (inputs,), and a beta."""
+        stack, row = self._at(layer)
+        stack.add(stack.input_sums, stack.inputs_begun, row, write)
+
+    def add_outputs(self, layer: int, write: Write) -> None:
+        """Add to this batch's B of a layer."""
+        stack, row = self._at(layer)
+        stack.add(stack.output_sums, stack.outputs_begun, row, write)
+
+    def accumulate(self, layer: int, inputs: Tensor, gradients: Tensor, positions: int = 1) -> None:
+        """Add rows of one layer, (n * positions, inputs) and (n * positions, outputs): A / n, and B / (n positions)."""
+        shape, rows = self.shapes[layer], len(inputs)
+        self.add_inputs(
+            layer,
+            lambda total, beta: ops.linear_factor_(
+                total, inputs, bias=shape.bias, beta=beta, alpha=positions / rows, check_finite=self.refused
+            ),
+        )
+        self.add_outputs(
+            layer,
+            lambda total, beta: ops.linear_factor_(
+                total, gradients, beta=beta, alpha=1 / rows, check_finite=self.refused
+            ),
+        )
+
+    def add_moments(self, layer: int, inputs: Tensor, gradients: Tensor, alpha: float) -> None:
+        """Rows of one layer for the eigenvalue correction: inputs (groups, n, columns), gradients (groups, n, outputs).
+
+        This batch's moments gain alpha times the sum over rows of (U_B^T g)_i^2 (U_A^T a)_j^2.
+        """
+        if not isinstance(self._inverses, Eigenbases):
+            raise TypeError('add_moments: expected a KroneckerFisher with style "exact"')
+        self._inverses.add_moments(*self._at(layer), inputs, gradients, alpha)
+
+    @torch.no_grad()
+    def update(self, output_scale: Tensor | None = None) -> None:
+        """Let this batch's sums enter the averages and begin the next batch. Layers without sums stay as they are.
+
+        ``output_scale``, () on the device: multiplies the sums of B, as the inverse square of a loss scale does. If
+        :attr:`refused` is set (the flag is cleared) or the scale is not finite, the batch is dropped and counted.
+        """
+        accepted = self.refused[0] == 0
+        if output_scale is not None:
+            accepted = accepted & output_scale.isfinite()
+        take = (1 - self.factor_decay) * accepted.double()
+        for stack in self._stacks:
+            stack.merge(take, output_scale)
+        self._inverses.update(take, output_scale)
+        self._counts += torch.stack([accepted, ~accepted])
+        self.refused.zero_()
+
+    @torch.no_grad()
+    def refresh(self, layers: Sequence[int] | None = None) -> None:
+        """Compute the inverses (or eigenbases) of the averages with the present damping: of these layers, or of all."""
+        if layers is None:
+            self._inverses.refresh(self.damping, [list(range(len(stack.layers))) for stack in self._stacks])
+            return
+        chosen = set(layers)
+        rows = [[row for row, layer in enumerate(stack.layers) if layer in chosen] for stack in self._stacks]
+        self._inverses.refresh(self.damping, rows)
+
+    def refresh_cost(self, layer: int) -> float:
+        """Multiplications, up to a factor, of :meth:`refresh` for one layer."""
+        stack, row = self._at(layer)
+        return float(sum(f[row].numel() * f.shape[-1] for f in (stack.inputs, stack.outputs)))
+
+    def inverse_state(self, layer: int) -> list[Tensor]:
+        """What :meth:`refresh` writes for one layer, as views: ranks that share the work send these to each other."""
+        return self._inverses.views(*self._at(layer))
+
+    def batch_sums(self) -> list[Tensor]:
+        """The sums of this batch, as views: what ranks average before :meth:`update`."""
+        return [s for stack in self._stacks for s in (stack.input_sums, stack.output_sums)] + self._inverses.sums()
+
+    def factors(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The debiased A, (blocks, s, s) or (inputs,), and B, (blocks, s, s), of a layer."""
+        stack, row = self._at(layer)
+        weight = stack.weight[row].clamp_min(torch.finfo(stack.weight.dtype).tiny)
+        return stack.inputs[row] / weight, stack.outputs[row] / weight
+
+    # ---- products --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def ihvp(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """F^-1 g: one gradient (groups * outputs, columns) for each layer -> the same shapes, in the factors' dtype."""
+        if len(gradients) != len(self.shapes):
+            raise ValueError(f"gradients: expected {len(self.shapes)}, one for each layer, got {len(gradients)}")
+        for layer, (g, shape) in enumerate(zip(gradients, self.shapes, strict=True)):
+            expected = (shape.groups * shape.outputs, shape.columns)
+            if tuple(g.shape) != expected:
+                raise ValueError(f"gradients[{layer}]: expected shape {expected}, got {tuple(g.shape)}")
+        results: list[Tensor] = [torch.empty(0)] * len(gradients)
+        for stack in self._stacks:
+            stacked = stack.gather_rows(gradients)
+            product = gather(stack.shape, self._inverses.apply(stack, spread(stack.shape, stacked)))
+            for layer, row in zip(stack.layers, product, strict=True):
+                results[layer] = row
+        return results
+
+    def inverse(self, layer: int) -> Tensor:
+        """The inverse that :meth:`ihvp` applies, dense: (p, p) with p = groups * outputs * columns. For tests."""
+        stack, _ = self._at(layer)
+        rows, columns = stack.shape.groups * stack.shape.outputs, stack.shape.columns
+        basis = torch.eye(rows * columns, dtype=stack.inputs.dtype, device=stack.inputs.device)
+        zeros = [
+            torch.zeros(s.groups * s.outputs, s.columns, dtype=basis.dtype, device=basis.device) for s in self.shapes
+        ]
+        products = []
+        for unit in basis:
+            zeros[layer] = unit.view(rows, columns)
+            products.append(self.ihvp(zeros)[layer].flatten())
+        return torch.stack(products)
+
+    # ---- bookkeeping -----------------------------------------------------------------------------------------------
+
+    @property
+    def seen(self) -> int:
+        """Batches in the averages. Synchronises with the device."""
+        return int(self._counts[0])
+
+    @property
+    def skipped(self) -> int:
+        """Batches refused. Synchronises with the device."""
+        return int(self._counts[1])
+
+    def diagnostics(self) -> dict[str, float]:
+        """seen, skipped; what became of the blocks when inverted. Synchronises with the device."""
+        return {"seen": self.seen, "skipped": self.skipped, **self._inverses.diagnostics()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "counts": self._counts,
+            "stacks": [stack.state_dict() for stack in self._stacks],
+            "inverses": self._inverses.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a :meth:`state_dict` from any device. Raises, changing nothing, if it does not fit."""
+        mine = self.state_dict()
+        check_like("state_dict", mine, state_dict)
+        copy_into(mine, state_dict)
+        for stack in self._stacks:
+            stack.begin()
+        self.refused.zero_()
+
+    def _at(self, layer: int) -> tuple[Stack, int]:
+        return self._place[index("layer", layer, len(self.shapes))]
+
+
+def check_like(name: str, mine: Any, other: Any) -> None:
+    """KeyError or ValueError unless ``other`` nests tensors of the same shapes and dtypes as ``mine`` does."""
+    if isinstance(mine, dict):
+        if not isinstance(other, dict) or mine.keys() != other.keys():
+            got = sorted(other) if isinstance(other, dict) else type(other).__name__
+            raise KeyError(f"{name}: expected the entries {sorted(mine)}, got {got}")
+        for key in mine:
+            check_like(f"{name}[{key!r}]", mine[key], other[key])
+    elif isinstance(mine, list):
+        if not isinstance(other, list) or len(mine) != len(other):
+            raise ValueError(f"{name}: expected a list of {len(mine)}, got {other!r:.40}")
+        for i, (a, b) in enumerate(zip(mine, other, strict=True)):
+            check_like(f"{name}[{i}]", a, b)
+    elif not isinstance(other, Tensor) or other.shape != mine.shape or other.dtype != mine.dtype:
+        got = f"{other.dtype} {tuple(other.shape)}" if isinstance(other, Tensor) else type(other).__name__
+        raise ValueError(f"{name}: expected {mine.dtype} {tuple(mine.shape)}, got {got}")
+
+
+def copy_into(mine: Any, other: Any) -> None:
+    """Copy the tensors of ``other`` into those of ``mine``, as :func:`check_like` has compared them."""
+    if isinstance(mine, dict):
+        for key in mine:
+            copy_into(mine[key], other[key])
+    elif isinstance(mine, list):
+        for a, b in zip(mine, other, strict=True):
+            copy_into(a, b)
+    else:
+        mine.copy_(other)
