@@ -22,26 +22,28 @@ dims = st.one_of(st.integers(1, 40), st.sampled_from([CHUNK - 1, CHUNK, CHUNK + 
 seeds = st.integers(0, 2**31)
 
 
-def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, pad: int = 0) -> Tensor:
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, pad: int = 0, device: str = "cpu") -> Tensor:
     """Normal entries; with pad, a view of every row of a wider buffer."""
     wide = torch.randn(*shape[:-1], shape[-1] + pad, generator=torch.Generator().manual_seed(seed))
-    return wide.to(dtype)[..., : shape[-1]]
+    return wide.to(device, dtype)[..., : shape[-1]]
 
 
 def assert_close(got: Tensor, want: Tensor, terms: int, scale: Tensor | float) -> None:
     """|got - want| <= 2 (terms + 2) eps scale: the bound of a sum of `terms` products in float64, in any order."""
     bound = 2 * (terms + 2) * EPS * scale + 1e-300
     assert got.shape == want.shape
-    assert bool(((got.double() - want).abs() <= bound).all()), (got.double() - want).abs().max()
+    assert bool(((got.cpu().double() - want).abs() <= bound).all()), (got.cpu().double() - want).abs().max()
 
 
 @given(
     m=rows, k=st.sampled_from([0, 1, 3, 4, 5, 8, 67]), d=dims, dtype=dtypes, x_dtype=dtypes, seed=seeds, data=st.data()
 )
-def test_dots(m, k, d, dtype, x_dtype, seed, data, instruction_set):
+def test_dots(m, k, d, dtype, x_dtype, seed, data, instruction_set, device):
     block = data.draw(st.one_of(st.just(d), st.integers(max(1, d // 9), d + 3)))
-    g, x = random((m, d), dtype, seed, pad=seed % 3), random((k, d), x_dtype, seed + 1, pad=seed % 2)
+    g = random((m, d), dtype, seed, pad=seed % 3, device=device)
+    x = random((k, d), x_dtype, seed + 1, pad=seed % 2, device=device)
     got = ops.window_dots(g, x, block)
+    g, x = g.cpu(), x.cpu()
     for b, start in enumerate(range(0, d, block)):
         gb, xb = g[:, start : start + block].double(), x[:, start : start + block].double()
         assert_close(got[b], xb @ gb.mT, d, xb.abs() @ gb.abs().mT)
@@ -57,13 +59,15 @@ def test_dots(m, k, d, dtype, x_dtype, seed, data, instruction_set):
     with_x=st.booleans(),
     data=st.data(),
 )
-def test_combine(m, k, d, dtype, seed, with_x, data, instruction_set):
+def test_combine(m, k, d, dtype, seed, with_x, data, instruction_set, device):
     block = data.draw(st.one_of(st.just(d), st.integers(max(1, d // 9), d + 3)))
     out_dtype = data.draw(dtypes)
-    g, x = random((m, d), dtype, seed, pad=seed % 3), random((k, d), torch.float32, seed + 1, pad=1)
-    c = random((-(-d // block), k, m), torch.float64, seed + 2)
+    g = random((m, d), dtype, seed, pad=seed % 3, device=device)
+    x = random((k, d), torch.float32, seed + 1, pad=1, device=device)
+    c = random((-(-d // block), k, m), torch.float64, seed + 2, device=device)
     got = ops.window_combine(g, c, beta=-0.7, x=x if with_x else None, alpha=1.3, dtype=out_dtype, block_size=block)
     assert got.dtype == out_dtype and got.shape == (k, d)
+    g, x, c = g.cpu(), x.cpu(), c.cpu()
     for b, start in enumerate(range(0, d, block)):
         gb, xb = g[:, start : start + block].double(), x[:, start : start + block].double() * with_x
         want = 1.3 * xb - 0.7 * (c[b] @ gb)
@@ -75,32 +79,33 @@ def test_combine(m, k, d, dtype, seed, with_x, data, instruction_set):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rounding_is_torch_s(dtype, instruction_set):
+def test_rounding_is_torch_s(dtype, instruction_set, device):
     """Every exponent, halves between neighbours, subnormals, overflow: the stored row is g.to(dtype) bit for bit."""
     exponents = torch.arange(-149, 128, dtype=torch.float64)
     mantissas = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-9, 1 + 2**-11, 1 + 3 * 2**-11, 2 - 2**-23])
     values = (2.0 ** exponents[:, None] * mantissas).flatten()
     values = torch.cat([values, -values, torch.tensor([0.0, -0.0])]).float()
     values = values[values.to(dtype).isfinite()]
-    window = torch.zeros(1, len(values), dtype=dtype)
-    dots = ops.window_insert_(window, torch.zeros(2, dtype=torch.int64), values)
-    assert torch.equal(window[0].view(torch.uint8), values.to(dtype).view(torch.uint8))
+    window = torch.zeros(1, len(values), dtype=dtype, device=device)
+    dots = ops.window_insert_(window, torch.zeros(2, dtype=torch.int64, device=device), values.to(device))
+    assert torch.equal(window[0].cpu().view(torch.uint8), values.to(dtype).view(torch.uint8))
     assert bool(dots.isfinite().all())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_widening_is_exact_for_every_16_bit_pattern(dtype, instruction_set):
+def test_widening_is_exact_for_every_16_bit_pattern(dtype, instruction_set, device):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
-    got = ops.window_combine(every, torch.ones(1, 1, 1, dtype=torch.float64), dtype=torch.float64)
-    torch.testing.assert_close(got, every.double(), rtol=0, atol=0, equal_nan=True)
+    one = torch.ones(1, 1, 1, dtype=torch.float64, device=device)
+    got = ops.window_combine(every.to(device), one, dtype=torch.float64)
+    torch.testing.assert_close(got.cpu(), every.double(), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e39])
-def test_insert_refuses(dtype, bad, instruction_set):
-    window = random((3, 50), dtype, 0)
-    before, state = window.clone(), torch.tensor([4, 0])
-    g = torch.randn(50, dtype=torch.float64)
+def test_insert_refuses(dtype, bad, instruction_set, device):
+    window = random((3, 50), dtype, 0, device=device)
+    before, state = window.clone(), torch.tensor([4, 0], device=device)
+    g = random((50,), torch.float64, 1, device=device)
     g[37] = bad
     overflows = bad == 1e39 and dtype == torch.float64
     dots = ops.window_insert_(window, state, g)
@@ -109,28 +114,35 @@ def test_insert_refuses(dtype, bad, instruction_set):
 
 
 @given(m=st.integers(1, 13), d=dims, dtype=dtypes, g_dtype=dtypes, seen=st.integers(0, 30), seed=seeds)
-def test_insert(m, d, dtype, g_dtype, seen, seed, instruction_set):
-    window = random((m, d), dtype, seed)
+def test_insert(m, d, dtype, g_dtype, seen, seed, instruction_set, device):
+    window = random((m, d), dtype, seed, device=device)
     window[min(seen, m) :] = 0
-    g = random((d,), g_dtype, seed + 1)
+    g = random((d,), g_dtype, seed + 1, device=device)
     expected = window.clone()
     expected[seen % m] = g.to(dtype)
-    dots = ops.window_insert_(window, torch.tensor([seen, 0]), g)
+    dots = ops.window_insert_(window, torch.tensor([seen, 0], device=device), g)
     assert torch.equal(window, expected)
-    w = expected.double()
+    w = expected.cpu().double()
     assert_close(dots, w @ w[seen % m], d, w.abs() @ w[seen % m].abs())
 
 
-def fill(m: int, count: int, d: int, shift: float, per_gradient: bool, seed: int) -> tuple[Tensor, ...]:
-    """A core after `count` inserts of random gradients, and the gradients in slot order."""
+def empty_core(m: int, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram matrix, factor, state"""
+    gram, factor = torch.zeros(2, m, m, dtype=torch.float64, device=device)
+    return gram, factor, torch.zeros(2, dtype=torch.int64, device=device)
+
+
+def fill(
+    m: int, count: int, d: int, shift: float, per_gradient: bool, seed: int, device: str = "cpu"
+) -> tuple[Tensor, ...]:
+    """A core after `count` inserts of random gradients; the gradients in slot order, on the CPU, come first."""
     g = torch.zeros(m, d, dtype=torch.float64)
-    gram, factor = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
-    state = torch.zeros(2, dtype=torch.int64)
-    newest = torch.zeros(m, dtype=torch.float64)
+    gram, factor, state = empty_core(m, device)
+    newest = torch.zeros(m, dtype=torch.float64, device=device)
     for t in range(count):
         row = random((d,), torch.float64, seed + t)
         g[t % m] = row
-        newest = ops.core_insert_(gram, factor, state, g @ row, shift, per_gradient)
+        newest = ops.core_insert_(gram, factor, state, (g @ row).to(device), shift, per_gradient)
     return g, gram, factor, state, newest
 
 
@@ -141,48 +153,47 @@ def fill(m: int, count: int, d: int, shift: float, per_gradient: bool, seed: int
     per_gradient=st.booleans(),
     seed=seeds,
 )
-def test_core(m, rounds, shift, per_gradient, seed, instruction_set):
+def test_core(m, rounds, shift, per_gradient, seed, instruction_set, device):
     count = int(rounds * m)
-    g, gram, factor, state, newest = fill(m, count, 2 * m + 3, shift, per_gradient, seed)
+    g, gram, factor, state, newest = fill(m, count, 2 * m + 3, shift, per_gradient, seed, device)
     held = min(count, m)
     full_shift = shift * max(1, held) if per_gradient else shift
     k = reference.core(g, full_shift)
     assert state.tolist() == [count, 0]
     age = (torch.arange(m) - count) % m  # the newest slot has the largest
     older = (age[:, None] >= age) & (torch.arange(m) < held)
-    assert_close(gram * older, (g @ g.mT) * older, g.shape[1], g.abs() @ g.abs().mT)
+    assert_close(gram.cpu() * older, (g @ g.mT) * older, g.shape[1], g.abs() @ g.abs().mT)
     condition = float(torch.linalg.cond(k))
     inverse = torch.linalg.inv(k)
     # backward stable solves: relative error c m eps cond(K)
     tolerance = 20 * (m + 1) * EPS * condition
     if count:
         want = inverse[(count - 1) % m]
-        assert float((newest - want).norm()) <= tolerance * float(want.norm())
+        assert float((newest.cpu() - want).norm()) <= tolerance * float(want.norm())
     b = random((3, m), torch.float64, seed)
-    x = ops.core_solve(factor, state, b, shift, per_gradient)
+    x = ops.core_solve(factor, state, b.to(device), shift, per_gradient).cpu()
     assert float((x - b @ inverse).norm()) <= tolerance * float((b @ inverse).norm() + 1e-300)
     again = torch.full_like(factor, float("nan"))
     ops.core_refactor_(gram, again, state, shift, per_gradient)
-    y = ops.core_solve(again, state, b, shift, per_gradient)
+    y = ops.core_solve(again, state, b.to(device), shift, per_gradient).cpu()
     assert float((y - b @ inverse).norm()) <= tolerance * float((b @ inverse).norm() + 1e-300)
 
 
-def test_core_never_fails_on_dependent_gradients(instruction_set):
+def test_core_never_fails_on_dependent_gradients(instruction_set, device):
     m, d, shift = 9, 30, 1e-14  # condition 1e21: what float64 holds of K is singular
-    gram, factor = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
-    state = torch.zeros(2, dtype=torch.int64)
+    gram, factor, state = empty_core(m, device)
     row = torch.full((d,), 1e3, dtype=torch.float64)
     for _ in range(3 * m):
         held = min(int(state[0]) + 1, m)
         dots = torch.where(torch.arange(m) < held, row @ row, torch.zeros((), dtype=torch.float64))
-        newest = ops.core_insert_(gram, factor, state, dots, shift, False)
+        newest = ops.core_insert_(gram, factor, state, dots.to(device), shift, False)
         assert bool(newest.isfinite().all()) and float(newest.abs().max()) <= 1 / shift
 
 
-def test_core_refuses_non_finite_dots():
-    _, gram, factor, state, _ = fill(5, 8, 12, 0.1, False, 0)
+def test_core_refuses_non_finite_dots(device):
+    _, gram, factor, state, _ = fill(5, 8, 12, 0.1, False, 0, device)
     before = [t.clone() for t in (gram, factor)]
-    dots = torch.full((5,), float("nan"), dtype=torch.float64)
+    dots = torch.full((5,), float("nan"), dtype=torch.float64, device=device)
     assert not ops.core_insert_(gram, factor, state, dots, 0.1, False).any()
     assert torch.equal(gram, before[0]) and torch.equal(factor, before[1])
     assert state.tolist() == [8, 1]
@@ -210,8 +221,8 @@ def test_same_bits_for_any_number_of_threads(instruction_set):
 
 
 def samples(dtype: torch.dtype, device: str = "cpu") -> list[tuple[str, tuple[object, ...]]]:
-    g, gram, factor, state, newest = (t.to(device) for t in fill(4, 6, 10, 0.1, False, 0))
-    g = g.to(dtype)
+    g, gram, factor, state, newest = fill(4, 6, 10, 0.1, False, 0, device)
+    g = g.to(device, dtype)
     return [
         ("window_insert_", (g.clone(), state, g[0] * 2)),
         ("window_dots", (g, g[:2], 4)),
@@ -229,7 +240,7 @@ def test_opcheck(dtype, device):
         torch.library.opcheck(getattr(torch.ops.mfac_kernels, name).default, arguments)
 
 
-def test_compiles_to_one_graph():
+def test_compiles_to_one_graph(device):
     def step(window, gram, factor, state, g):
         dots = ops.window_insert_(window, state, g)
         c = ops.core_insert_(gram, factor, state, dots, 0.1, False)
@@ -237,10 +248,11 @@ def test_compiles_to_one_graph():
         w = ops.core_solve(factor, state, ops.window_dots(window, y)[0], 0.1, False)
         return ops.window_combine(window, w[None], beta=-10.0, x=y, alpha=10.0)
 
-    g, gram, factor, state, _ = fill(4, 6, 10, 0.1, False, 0)
+    g, gram, factor, state, _ = fill(4, 6, 10, 0.1, False, 0, device)
+    g = g.to(device)
     plain = [t.clone() for t in (g, gram, factor, state)]
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    x = random((10,), torch.float64, 7)
+    x = random((10,), torch.float64, 7, device=device)
     assert torch.equal(compiled(g, gram, factor, state, x), step(*plain, x))
     assert all(torch.equal(a, b) for a, b in zip((g, gram, factor, state), plain, strict=True))
 
@@ -276,9 +288,9 @@ BAD = [
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 @pytest.mark.parametrize(("name", "arguments", "message"), BAD, ids=lambda v: v if isinstance(v, str) else "")
-def test_errors_name_argument_expected_and_got(name, arguments, message, fake):
-    if fake:
-        arguments = tuple(a.to("meta") if isinstance(a, Tensor) else a for a in arguments)
+def test_errors_name_argument_expected_and_got(name, arguments, message, fake, device):
+    place = "meta" if fake else device
+    arguments = tuple(a.to(place) if isinstance(a, Tensor) else a for a in arguments)
     with pytest.raises(RuntimeError, match=f"{name}: .*{message}" if ":" in message else message):
         getattr(torch.ops.mfac_kernels, name)(*arguments)
 
