@@ -1,11 +1,12 @@
 """M-FAC against plain torch: the window step, its m x m core, products with vectors, the static kernels, an op call.
 
 Each result is verified before it is timed. Floors: a window step reads the window twice; a Gram matrix is half of a
-matrix product's flops.
+matrix product's flops. With `--device cuda` all but the op call; kernels that CUDA lacks are skipped.
 """
 
 from __future__ import annotations
 
+import op_samples
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +15,31 @@ import mfac_kernels as mk
 from mfac_kernels import ops
 
 DAMPING = 1e-5
-STEPS = [(256, 1_000_000), (512, 269_722), (1024, 269_722)]  # (m, d); 269,722 is ResNet-20
+STEPS = [(256, 1_000_000), (512, 269_722), (1024, 269_722), (1024, 4_000_000)]  # (m, d); 269,722 is ResNet-20
+
+
+def normal(*shape: int, device: str, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
+def fits(m: int, d: int, device: str) -> None:
+    """Windows of more than 2 GB are for GPUs."""
+    if device == "cpu" and m * d > 500_000_000:
+        pytest.skip("too large for a CPU")
+
+
+def needs(op: str, device: str) -> None:
+    if not op_samples.has_kernel(op, device):
+        pytest.skip(f"{op} has no kernel on {device}")
+
+
+def gram64(g: Tensor) -> Tensor:
+    """G G^T in float64, exact enough for any check"""
+    if op_samples.has_kernel("gram", g.device.type):
+        return ops.gram(g)
+    return sum(
+        (part.double() @ part.double().mT for part in g.split(100_000, 1)), start=torch.zeros((), device=g.device)
+    )
 
 
 class TorchWindow:
@@ -22,7 +47,7 @@ class TorchWindow:
 
     def __init__(self, grads: Tensor) -> None:
         self.window, self.m, self.slot = grads.clone(), len(grads), 0
-        self.core = ops.gram(grads)
+        self.core = gram64(grads)
         self.core.diagonal().add_(self.m * DAMPING)
 
     def factor(self) -> Tensor:
@@ -57,9 +82,9 @@ class TorchWindow:
 
 def full_window(grads: Tensor, dtype: torch.dtype) -> mk.FisherWindow:
     """A window that holds the rows of grads, without the time of inserting them."""
-    w = mk.FisherWindow(grads.shape[1], len(grads), DAMPING, dtype=dtype)
+    w = mk.FisherWindow(grads.shape[1], len(grads), DAMPING, dtype=dtype, device=grads.device)
     state = w.state_dict() | {"window": grads.to(dtype), "state": torch.tensor([len(grads), 0])}
-    state["gram"] = ops.gram(state["window"])
+    state["gram"] = gram64(state["window"])
     w.load_state_dict(state)
     w.damping = 2 * DAMPING  # assigning damping factors the core
     w.damping = DAMPING
@@ -73,18 +98,19 @@ def assert_same(got: Tensor, want: Tensor, tolerance: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("m", "d"), STEPS)
-def test_window_step(race, m, d, dtype):
-    grads = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
+def test_window_step(race, device, m, d, dtype):
+    fits(m, d, device)
+    grads = normal(m, d, device=device)
     plain, ours = TorchWindow(grads), full_window(grads, dtype)
-    g = torch.randn(d)
+    g = normal(d, device=device, seed=1)
     # The textbook form cancels in float32, so what is timed here is verified by the row form, n G^T K^-1 e.
-    got, unit = ours.update_ihvp(g), torch.zeros(m, dtype=torch.float64)
+    got, unit = ours.update_ihvp(g), torch.zeros(m, dtype=torch.float64, device=device)
     unit[0] = 1
-    core = ops.gram(ours.window) + m * DAMPING * torch.eye(m, dtype=torch.float64)
+    core = gram64(ours.window) + m * DAMPING * torch.eye(m, dtype=torch.float64, device=device)
     weights = m * torch.linalg.solve(core, unit)
     assert_same(got, torch.mv(ours.window.mT.float(), weights.float()), 1e-4)
     held = ours.window if dtype == torch.float32 else ours.window[:, : d // 2 * 2].view(torch.float32)
-    ones = torch.ones(held.shape[1])
+    ones = torch.ones(held.shape[1], device=device)
     item = ours.window.element_size()
     gate = 1.4 if dtype == torch.float32 else 2.3
     race(
@@ -99,14 +125,14 @@ def test_window_step(race, m, d, dtype):
 
 
 @pytest.mark.parametrize("m", [256, 512, 1024, 2048])
-def test_core(race, m):
-    rows = torch.randn(3 * m, 2 * m, dtype=torch.float64)
+def test_core(race, device, m):
+    rows = normal(3 * m, 2 * m, device=device).double()
     dots = rows @ rows.mT
-    gram, factor = torch.zeros(m, m, dtype=torch.float64), torch.zeros(m, m, dtype=torch.float64)
-    state, shift = torch.zeros(2, dtype=torch.int64), m * DAMPING
+    gram, factor = torch.zeros(2, m, m, dtype=torch.float64, device=device)
+    state, shift = torch.zeros(2, dtype=torch.int64, device=device), m * DAMPING
     # The stream of gradients repeats after 3 m: by_slot[t, s] is what the t-th meets in slot s.
-    times = torch.arange(3 * m)[:, None]
-    held_at = times - (times - torch.arange(m)) % m
+    times = torch.arange(3 * m, device=device)[:, None]
+    held_at = times - (times - torch.arange(m, device=device)) % m
     by_slot = dots[times, held_at % (3 * m)]
     step = 0
 
@@ -117,11 +143,11 @@ def test_core(race, m):
 
     for _ in range(m + m // 2):
         newest = insert()
-    slots = torch.arange(step - m, step)
-    held = torch.empty(m, 2 * m, dtype=torch.float64)
+    slots = torch.arange(step - m, step, device=device)
+    held = torch.empty_like(rows[:m])
     held[slots % m] = rows[slots % (3 * m)]
-    shifted = held @ held.mT + shift * torch.eye(m)
-    unit = torch.zeros(m, 1, dtype=torch.float64)
+    shifted = held @ held.mT + shift * torch.eye(m, device=device)
+    unit = torch.zeros(m, 1, dtype=torch.float64, device=device)
     unit[(step - 1) % m] = 1
 
     def refactor() -> Tensor:
@@ -140,14 +166,15 @@ def test_core(race, m):
 
 @pytest.mark.parametrize("k", [1, 4, 16])
 @pytest.mark.parametrize(("m", "d"), STEPS)
-def test_ihvp(race, m, d, k):
-    grads = torch.randn(m, d, generator=torch.Generator().manual_seed(0))
+def test_ihvp(race, device, m, d, k):
+    fits(m, d, device)
+    grads = normal(m, d, device=device)
     plain, ours = TorchWindow(grads), full_window(grads, torch.float32)
-    x = torch.randn(k, d)
+    x = normal(k, d, device=device, seed=1)
     assert_same(ours.ihvp(x), plain.ihvp(x), 2e-2)
     lower = plain.factor()
     plain.factor = lambda: lower  # type: ignore[method-assign]  # products alone
-    ones = torch.ones(d)
+    ones = torch.ones(d, device=device)
     race(
         "IHVP of vectors",
         f"m={m} d={d} k={k}",
@@ -172,8 +199,9 @@ def test_one_call(race):
 
 
 @pytest.mark.parametrize(("m", "d"), [(32, 400_000), (64, 400_000), (256, 100_000), (512, 100_000), (1024, 50_000)])
-def test_gram(race, m, d):
-    g = torch.randn(m, d)
+def test_gram(race, device, m, d):
+    needs("gram", device)
+    g = normal(m, d, device=device)
     want = g @ g.mT
     assert_same(ops.gram(g), want.double(), 1e-5)  # torch's own float32 sums: sqrt(d) eps
     race(
@@ -198,15 +226,16 @@ def recursion(g: Tensor, n: int, damping: float) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("m", "d"), [(64, 400_000), (256, 100_000), (512, 50_000)])
-def test_static_diagonal(race, m, d):
+def test_static_diagonal(race, device, m, d):
+    needs("inverse_diagonal", device)
     damping = 1e-3
-    g = torch.randn(m, d)
-    core = ops.gram(g)
+    g = normal(m, d, device=device)
+    core = gram64(g)
     core.diagonal().add_(m * damping)
 
     def ours() -> Tensor:
         lower = torch.linalg.cholesky(core)
-        transform = torch.linalg.solve_triangular(lower, torch.eye(m, dtype=torch.float64), upper=False)
+        transform = torch.linalg.solve_triangular(lower, torch.eye(m, dtype=torch.float64, device=device), upper=False)
         return ops.inverse_diagonal(g, transform.contiguous(), damping)
 
     def solve() -> Tensor:
@@ -233,9 +262,10 @@ def test_static_diagonal(race, m, d):
 @pytest.mark.parametrize(
     ("m", "b", "d"), [(64, 32, 131_072), (128, 64, 65_536), (256, 128, 65_536), (512, 256, 32_768)]
 )
-def test_block_fisher(race, m, b, d):
+def test_block_fisher(race, device, m, b, d):
+    needs("block_inverse", device)
     damping = 1e-3
-    g = torch.randn(m, d)
+    g = normal(m, d, device=device)
 
     def plain() -> Tensor:
         blocks = g.view(m, d // b, b).transpose(0, 1)
