@@ -9,33 +9,21 @@
 
 #include "mfac/checks.h"
 #include "mfac/mfac.h"
+#include "mfac/ring.h"
 
 namespace mfac_kernels {
 namespace {
-
-// Where the ring stands. K = shift I + S over the `filled` slots from `oldest`; empty slots are zero gradients.
-// per_gradient: the shift given is multiplied by the number of gradients held.
-struct Ring {
-  int64_t m, oldest, filled;
-  double shift;
-
-  Ring(int64_t m, int64_t seen, double shift, bool per_gradient)
-      : m(m),
-        oldest(seen > m ? seen % m : 0),
-        filled(std::min(seen, m)),
-        shift(per_gradient ? shift * static_cast<double>(std::max<int64_t>(1, filled)) : shift) {}
-  int64_t slot(int64_t age) const { return (oldest + age) % m; }
-};
 
 int64_t seen_of(const Tensor& state) { return *static_cast<const int64_t*>(state.const_data_ptr()); }
 
 // Appends every gradient in the order of age: O(m^3), the same stable step as an insert.
 void refactor(const double* gram, double* factor, const Ring& ring) {
-  std::vector<double> work(2 * ring.m);
-  std::fill_n(factor, ring.m * ring.m, 0.0);
+  const int64_t m = ring.slots.m;
+  std::vector<double> work(2 * m);
+  std::fill_n(factor, m * m, 0.0);
   for (int64_t age = 0; age < ring.filled; ++age) {
-    const int64_t slot = ring.slot(age);
-    core_kernels().replace(factor, ring.m, slot, age, false, gram + slot * ring.m, ring.shift, work.data());
+    const int64_t slot = ring.slots(age);
+    core_kernels().replace(factor, m, slot, age, false, gram + slot * m, ring.shift, work.data());
   }
 }
 
@@ -56,14 +44,14 @@ Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& stat
   const bool full = counters[0] >= m;
   const int64_t slot = counters[0] % m;
   std::copy_n(s, m, S + slot * m);
-  const Ring ring(m, ++counters[0], shift, per_gradient);
+  const Ring ring = ring_of(m, ++counters[0], shift, per_gradient);
   if (per_gradient && !full && ring.filled > 1) {
     refactor(S, L, ring);  // the shift grows with every gradient until the window is full
   } else {
     std::vector<double> work(2 * m);
     core_kernels().replace(L, m, slot, ring.filled - 1, full, s, ring.shift, work.data());
   }
-  core_kernels().solve_newest(L, m, ring.oldest, ring.filled, static_cast<double*>(coefficients.mutable_data_ptr()));
+  core_kernels().solve_newest(L, m, ring.slots.oldest, ring.filled, static_cast<double*>(coefficients.mutable_data_ptr()));
   return coefficients;
 }
 
@@ -71,10 +59,10 @@ Tensor core_solve(const Tensor& factor, const Tensor& state, const Tensor& b, do
   constexpr const char* op = "core_solve";
   const int64_t m = check_core(op, factor, state, shift);
   check_core_solve(op, b, m);
-  const Ring ring(m, seen_of(state), shift, per_gradient);
+  const Ring ring = ring_of(m, seen_of(state), shift, per_gradient);
   Tensor x = torch::stable::clone(b);
   for (int64_t i = 0; i < b.size(0); ++i)
-    core_kernels().solve(static_cast<const double*>(factor.const_data_ptr()), m, ring.oldest, ring.filled, ring.shift,
+    core_kernels().solve(static_cast<const double*>(factor.const_data_ptr()), m, ring.slots.oldest, ring.filled, ring.shift,
                          static_cast<double*>(x.mutable_data_ptr()) + i * m);
   return x;
 }
@@ -84,7 +72,7 @@ void core_refactor_(const Tensor& gram, const Tensor& factor, const Tensor& stat
   const int64_t m = check_core(op, factor, state, shift);
   check_state(op, "gram", gram, ScalarType::Double, {m, m});
   refactor(static_cast<const double*>(gram.const_data_ptr()), static_cast<double*>(factor.mutable_data_ptr()),
-           Ring(m, seen_of(state), shift, per_gradient));
+           ring_of(m, seen_of(state), shift, per_gradient));
 }
 
 }  // namespace

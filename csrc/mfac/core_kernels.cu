@@ -14,6 +14,7 @@
 // SM.
 #include "common/launch.h"
 #include "mfac/core_cuda.h"
+#include "mfac/ring.h"
 
 namespace mfac_kernels {
 namespace {
@@ -23,26 +24,6 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kPanel = kWarpSize;         // columns; a lane each
 constexpr int kPanelStride = kPanel + 1;  // of the triangle in shared memory: rows start in different banks
 constexpr int kTogether = 8;              // columns loaded at a time
-
-// Where the ring stands. K = shift I + S over the `filled` slots from `oldest`; empty slots are zero gradients.
-struct Ring {
-  int64_t m, oldest, filled;
-  double shift;
-};
-
-__device__ Ring ring_of(int64_t m, int64_t seen, double shift, bool per_gradient) {
-  const int64_t filled = min(seen, m);
-  return {m, seen > m ? seen % m : 0, filled, per_gradient ? shift * static_cast<double>(max(int64_t(1), filled)) : shift};
-}
-
-// Positions count from the oldest gradient; a position below 2 m is given.
-struct Slots {
-  int64_t m, oldest;
-  __device__ __forceinline__ int64_t operator()(int64_t position) const {
-    const int64_t slot = oldest + position;
-    return slot < m ? slot : slot - m;
-  }
-};
 
 struct Scratch {
   Shared<double> triangle;              // (kPanel, kPanelStride), row by row
@@ -192,11 +173,13 @@ __device__ __forceinline__ void replace(double* factor, int64_t m, int64_t slot,
 }
 
 __device__ __forceinline__ void refactor(const double* gram, double* factor, const Ring& ring, double* work, const Scratch& s) {
-  for (int64_t i = threadIdx.x; i < ring.m * ring.m; i += kThreads) factor[i] = 0;
+  const int64_t m = ring.slots.m;
+  for (int64_t i = threadIdx.x; i < m * m; i += kThreads) factor[i] = 0;
   __syncthreads();
-  const Slots slots = {ring.m, ring.oldest};
-  for (int64_t age = 0; age < ring.filled; ++age)
-    replace(factor, ring.m, slots(age), age, false, gram + slots(age) * ring.m, ring.shift, work, s);
+  for (int64_t age = 0; age < ring.filled; ++age) {
+    const int64_t slot = ring.slots(age);
+    replace(factor, m, slot, age, false, gram + slot * m, ring.shift, work, s);
+  }
 }
 
 #define MFAC_CORE_SCRATCH(name)                        \
@@ -207,8 +190,8 @@ __device__ __forceinline__ void refactor(const double* gram, double* factor, con
   MFAC_SHARED(double, sum, kWarpSize);                 \
   const Scratch name = {triangle, cosine, sine, y, sum}
 
-__global__ void __launch_bounds__(kThreads) insert_kernel(double* gram, double* factor, int64_t* state, const double* dots, int64_t m,
-                                                          double shift, bool per_gradient, double* work, double* coefficients) {
+__global__ void __launch_bounds__(kThreads, 1) insert_kernel(double* gram, double* factor, int64_t* state, const double* dots, int64_t m,
+                                                             double shift, bool per_gradient, double* work, double* coefficients) {
   MFAC_CORE_SCRATCH(scratch);
   int refused = 0;
   for (int64_t p = threadIdx.x; p < m; p += kThreads) {
@@ -233,21 +216,20 @@ __global__ void __launch_bounds__(kThreads) insert_kernel(double* gram, double* 
   }
   if (threadIdx.x == 0) coefficients[slot] = 1 / factor[slot * m + slot];
   __syncthreads();
-  back_substitute(factor, {m, ring.oldest}, ring.filled, coefficients, scratch);
+  back_substitute(factor, ring.slots, ring.filled, coefficients, scratch);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     solve_kernel(double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, double* all) {
   MFAC_CORE_SCRATCH(scratch);
   const Ring ring = ring_of(m, state[0], shift, per_gradient);
-  const Slots slots = {m, ring.oldest};
   double* x = all + blockIdx.x * m;
-  sweep<false>(factor, slots, ring.filled, nullptr, x, -1, scratch);
-  back_substitute(factor, slots, ring.filled, x, scratch);
-  for (int64_t position = ring.filled + threadIdx.x; position < m; position += kThreads) x[slots(position)] /= ring.shift;
+  sweep<false>(factor, ring.slots, ring.filled, nullptr, x, -1, scratch);
+  back_substitute(factor, ring.slots, ring.filled, x, scratch);
+  for (int64_t position = ring.filled + threadIdx.x; position < m; position += kThreads) x[ring.slots(position)] /= ring.shift;
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     refactor_kernel(const double* gram, double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, double* work) {
   MFAC_CORE_SCRATCH(scratch);
   refactor(gram, factor, ring_of(m, state[0], shift, per_gradient), work, scratch);
