@@ -45,6 +45,13 @@ def run(*command: str | Path, cwd: Path = ROOT, **environment: str) -> str:
     return result.stdout
 
 
+def make_environment(env: Path, torch: str) -> None:
+    with timed(f"environment with {torch}"):
+        run(sys.executable, "-m", "venv", env)
+        needed = [torch, "setuptools>=77", "ninja", "pybind11", "numpy"]
+        run(env / "bin" / "python", "-m", "pip", "install", "--quiet", *needed)
+
+
 def architectures_in(library: Path, env: Path) -> str:
     """What cuobjdump, which comes with Triton, finds in it."""
     for tool in env.glob("lib/python*/site-packages/triton/backends/nvidia/bin/cuobjdump"):
@@ -94,20 +101,7 @@ def main() -> None:
         env = (options.env or scratch / "env").resolve()
         python = env / "bin" / "python"
         if not python.exists():
-            with timed(f"environment with {options.torch}"):
-                run(sys.executable, "-m", "venv", env)
-                run(
-                    python,
-                    "-m",
-                    "pip",
-                    "install",
-                    "--quiet",
-                    options.torch,
-                    "setuptools>=77",
-                    "ninja",
-                    "pybind11",
-                    "numpy",
-                )
+            make_environment(env, options.torch)
         print(run(python, "-c", "import torch; print('torch', torch.__version__, 'CUDA', torch.version.cuda)").strip())
 
         with timed("build"):
