@@ -32,12 +32,14 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
 
   // Kronecker factors: factor <- beta factor + alpha sum over rows of w row row^T. factor (D, D); its diagonal blocks (g, s, s), the last
   // one ragged, zero past its end; or one matrix per group (groups, D, D). beta = 0: factor is not read. refused (1,) int32: if given, a
-  // batch that is not finite sets it to 1 and leaves factor as it is.
-  m.def("linear_factor_(Tensor(a!) factor, Tensor x, Tensor? weights, bool bias, float beta, float alpha, Tensor(b!)? refused) -> ()");
+  // batch that is not finite sets it to 1 and leaves factor as it is. allow_tf32: tensor cores may round float32 rows to TF32.
+  m.def(
+      "linear_factor_(Tensor(a!) factor, Tensor x, Tensor? weights, bool bias, float beta, float alpha, Tensor(b!)? refused, bool "
+      "allow_tf32=False) -> ()");
   m.def(
       "conv_factor_(Tensor(a!) factor, Tensor x, int[] kernel_size, int[] stride, int[] padding_before, int[] padding_after, int[] "
       "dilation, "
-      "int groups, bool bias, bool sua, bool reduce, float beta, float alpha, Tensor(b!)? refused) -> ()");
+      "int groups, bool bias, bool sua, bool reduce, float beta, float alpha, Tensor(b!)? refused, bool allow_tf32=False) -> ()");
   m.def("embedding_factor_(Tensor(a!) counts, Tensor indices, int? padding_idx, float beta, float alpha) -> ()");
   m.def("cross_factor(Tensor x, Tensor y, Tensor? weights) -> Tensor");
 

@@ -47,7 +47,7 @@ Patches summed_patches(const Patches& patches, void* sums) {
 void conv_factor_(const Tensor& factor, const Tensor& x, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                   const std::vector<int64_t>& padding_before, const std::vector<int64_t>& padding_after,
                   const std::vector<int64_t>& dilation, int64_t groups, bool bias, bool sua, bool reduce, double beta, double alpha,
-                  const std::optional<Tensor>& refused) {
+                  const std::optional<Tensor>& refused, bool /*allow_tf32*/) {
   constexpr const char* op = "conv_factor_";
   check_scales(op, beta, alpha);
   const Patches patches = check_conv(op, x, kernel_size, stride, padding_before, padding_after, dilation, groups);

@@ -11,6 +11,8 @@
 namespace mfac_kernels {
 namespace {
 
+using torch::headeronly::MemoryFormat;
+
 constexpr Axis line_of(int64_t count, int64_t step) { return {count, count, 1, 1, 0, 1, step}; }
 
 // One row per pixel
@@ -39,10 +41,18 @@ FactorRows rows_of_sums(const Patches& patches, bool sua, void* sums) {
   return rows;
 }
 
+// Tensor cores want channels that are neighbours in memory: a copy of x that has them so is at most a quarter of the patches of a kernel of
+// at least four offsets.
+bool worth_transposing(const Tensor& x, const Patches& patches, int64_t groups, bool allow_tf32) {
+  const int64_t vector = 16 / x.element_size();
+  return x.dim() >= 4 && patches.channel_step != 1 && patches.offsets() >= 4 && patches.channels / groups % vector == 0 &&
+         (patches.dtype == DType::f32 ? allow_tf32 : patches.dtype != DType::f64);
+}
+
 void conv_factor_cuda(const Tensor& factor, const Tensor& x, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& stride,
                       const std::vector<int64_t>& padding_before, const std::vector<int64_t>& padding_after,
                       const std::vector<int64_t>& dilation, int64_t groups, bool bias, bool sua, bool reduce, double beta, double alpha,
-                      const std::optional<Tensor>& refused) {
+                      const std::optional<Tensor>& refused, bool allow_tf32) {
   constexpr const char* op = "conv_factor_";
   check_scales(op, beta, alpha);
   const DeviceOf device(op, factor);
@@ -53,7 +63,7 @@ void conv_factor_cuda(const Tensor& factor, const Tensor& x, const std::vector<i
   int32_t* const flag = check_refused(op, refused);
   if (refused) device.check_same("refused", *refused);
 
-  Tensor sums;
+  Tensor sums, channels_last;
   FactorRows rows;
   if (reduce) {
     sums = uninitialised(factor, {patches.samples * patches.channels * offsets}, accumulator_of(patches.dtype));
@@ -65,6 +75,11 @@ void conv_factor_cuda(const Tensor& factor, const Tensor& x, const std::vector<i
     rows.bias_square = static_cast<double>(patches.rows());
   } else {
     rows.patches = patches;
+    rows.allow_tf32 = allow_tf32;
+    if (worth_transposing(x, patches, groups, allow_tf32)) {
+      channels_last = torch::stable::contiguous(x, x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d);
+      rows.patches = check_conv(op, channels_last, kernel_size, stride, padding_before, padding_after, dilation, groups);
+    }
   }
   rows.patches.channels /= groups;
   const Tensor workspace = uninitialised(factor, {factor_workspace(rows, out)}, ScalarType::Byte);

@@ -10,6 +10,7 @@ struct FactorRows {
   Patches patches;
   double bias = 1, bias_square = -1;  // its entry in every row; the sum of its squares, if that is no sum over the rows
   const void* weights = nullptr;      // one per row, of the factor's type
+  bool allow_tf32 = false;            // may float32 rows be rounded to TF32?
   // Rows that are pixels weigh as much as the part of the kernel's offsets that meet them.
   bool by_visits = false;
   Axis visited[Patches::kAxes] = {};

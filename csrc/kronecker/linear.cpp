@@ -19,7 +19,7 @@ double sum_of(const Tensor& weights) {
 }
 
 void linear_factor_(const Tensor& factor, Tensor x, const std::optional<Tensor>& weights, bool bias, double beta, double alpha,
-                    const std::optional<Tensor>& refused) {
+                    const std::optional<Tensor>& refused, bool /*allow_tf32*/) {
   constexpr const char* op = "linear_factor_";
   check_scales(op, beta, alpha);
   FactorUpdate update;

@@ -9,12 +9,13 @@ namespace mfac_kernels {
 namespace {
 
 void linear_factor_cuda(const Tensor& factor, Tensor x, const std::optional<Tensor>& weights, bool bias, double beta, double alpha,
-                        const std::optional<Tensor>& refused) {
+                        const std::optional<Tensor>& refused, bool allow_tf32) {
   constexpr const char* op = "linear_factor_";
   check_scales(op, beta, alpha);
   const DeviceOf device(op, factor);
   device.check_same("x", x);
   FactorRows rows;
+  rows.allow_tf32 = allow_tf32;
   rows.patches = check_matrix(op, "x", x);
   const std::optional<Tensor> row_weights = check_weights(op, weights, x, rows.patches.dtype);
   if (row_weights) {

@@ -1,5 +1,5 @@
-// What the kernels of factor_kernels.cu and tensor_kernels.cu share: how products are cut into tiles, and what the rows and columns of a
-// tile are.
+// What the kernels that sum products share (fma_kernels.cu, tensor_kernels.cu) and the one that finishes them (factor_kernels.cu): how
+// products are cut into tiles, and what the rows and columns of a tile are.
 #pragma once
 #include "common/convert.cuh"
 #include "kronecker/patches.cuh"
@@ -19,25 +19,41 @@ using Accumulator = AccumulatorOf<T>::type;
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// One side of the product: the columns of `blocks` blocks.
+// One side of the product: the columns of a block, and how they follow from the features of the factor.
 struct Side {
   Patches patches;
   bool padded;   // some patch reaches beyond the image
-  int64_t size;  // columns of a block
+  int64_t size;  // features of a block
   int64_t features, bias_feature;
   double bias;
-  int64_t block_features, block_offset;  // from block to block: first column, and first element of the group
+  int64_t block_features, block_offset;  // from block to block: first feature, and first element of the group
+  // Columns are features, or (padded_channels > 0) come by kernel offsets, each with its channels, and the bias at the end.
+  int64_t padded_channels;
 };
 
-struct Products {
-  Side a, b;  // b: of a cross product; else both sides are a
+// Square tiles of each block, those of the lower triangle unless it is a cross product; and runs of rows.
+struct Cut {
+  int tile_bits;  // tiles have 2^tile_bits rows and columns
   bool cross;
-  bool along_rows;                 // neighbouring rows, not columns, are neighbours in memory
-  int64_t tiles, tiles_b, splits;  // tiles of one block; in a row, of a cross product
+  int64_t blocks, tiles, tiles_across, splits;  // tiles: of a block
+
+  __host__ __device__ int tile() const { return 1 << tile_bits; }
+  __host__ __device__ int64_t sums_of_run() const { return (blocks * tiles) << 2 * tile_bits; }
+  dim3 grid() const { return dim3(static_cast<unsigned>(blocks * tiles), static_cast<unsigned>(splits)); }
+};
+
+// sums (splits, blocks, tiles, tile, tile) = sums over runs of rows of w a b^T, b = a unless it is a cross product
+struct Products {
+  Side a, b;
+  Cut cut;
+  int64_t rows;
+  bool along_rows;  // neighbouring rows, not columns, are neighbours in memory
   const void* weights;
   bool by_visits;
   Axis visited[Patches::kAxes];
 };
+cudaError_t fma_products(const Products& p, void* sums, cudaStream_t stream);
+cudaError_t tensor_products(const Products& p, void* sums, cudaStream_t stream);
 
 struct TileIndex {
   int64_t row, column;

@@ -103,6 +103,7 @@ def _(
     beta: float,
     alpha: float,
     refused: Tensor | None,
+    allow_tf32: bool = False,
 ) -> None:
     op = "linear_factor_"
     _check_matrix(op, "x", x)
@@ -128,6 +129,7 @@ def _(
     beta: float,
     alpha: float,
     refused: Tensor | None,
+    allow_tf32: bool = False,
 ) -> None:
     op = "conv_factor_"
     check_conv(op, x, kernel_size, stride, padding_before, padding_after, dilation, groups)

@@ -4,7 +4,8 @@ The rows are those of a linear layer's inputs or the patches of a convolution, s
 no transposed copy, no column of ones, half of a matrix product's flops. ``beta`` and ``alpha`` are those of
 ``torch.addmm``; with ``beta=0`` the factor is not read. What comes out is exactly symmetric.
 
-Factors are float32, or float64 for float64 rows; 16-bit rows are multiplied in float32. A factor is dense (D, D) or, to
+Factors are float32, or float64 for float64 rows. Products of 16-bit rows are exact and summed in float32; on CUDA,
+float32 rows are rounded to TF32 where ``torch.backends.cuda.matmul.allow_tf32`` has it. A factor is dense (D, D) or, to
 keep only its block diagonal, (g, s, s) with g = ceil(D / s): the rows and columns of the last block past D are zero.
 
 ``check_finite=True`` looks for NaN and Inf while reading: such a batch leaves the factor as it is and the flag that is
@@ -56,7 +57,7 @@ def linear_factor_(
     weights (...): one for each row. factor: (D + bias, D + bias), or its block diagonal (g, s, s).
     """
     flag = _flag(factor, check_finite)
-    _ops.linear_factor_(factor, x, weights, bias, beta, alpha, flag)
+    _ops.linear_factor_(factor, x, weights, bias, beta, alpha, flag, _allow_tf32())
     return flag
 
 
@@ -192,6 +193,10 @@ def _geometry(op: str, dims: int, kernel_size: Sizes, stride: Sizes, padding: Si
     return kernel, strides, before, [t - b for t, b in zip(total, before, strict=True)], dilations
 
 
+def _allow_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.allow_tf32)
+
+
 def _flag(factor: Tensor, check_finite: bool | Tensor) -> Tensor | None:
     if isinstance(check_finite, Tensor):
         return check_finite
@@ -219,6 +224,16 @@ def _conv_factor_(
     )
     flag = _flag(factor, check_finite)
     _ops.conv_factor_(
-        factor, x, *geometry, groups, bias, spatial == "sua", approximation == "reduce", beta, alpha, flag
+        factor,
+        x,
+        *geometry,
+        groups,
+        bias,
+        spatial == "sua",
+        approximation == "reduce",
+        beta,
+        alpha,
+        flag,
+        _allow_tf32(),
     )
     return flag
