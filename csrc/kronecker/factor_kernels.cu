@@ -17,7 +17,7 @@ namespace mfac_kernels {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kFlagged = 32;                            // blocks that look for what is not finite
+
 constexpr int64_t kFlagBytes = kFlagged * sizeof(int);  // at the start of the workspace; a multiple of 16
 constexpr int64_t kRowsOfRun = 512;                     // at least
 #if defined(MFAC_KERNELS_SIMT)
@@ -49,18 +49,6 @@ __device__ __forceinline__ int64_t column_of_feature(const Finish& f, int64_t fe
   const auto i = static_cast<uint32_t>(feature), offsets = static_cast<uint32_t>(f.offsets);
   return is_bias ? f.offsets * f.padded_channels : i % offsets * f.padded_channels + i / offsets;
 }
-// Where the first run has the sum of two columns of a block
-__device__ __forceinline__ int64_t sum_index(const Cut& cut, int64_t block, int64_t i, int64_t j) {
-  if (!cut.cross && i < j) {
-    const int64_t swapped = i;
-    i = j;
-    j = swapped;
-  }
-  const int64_t row = i >> cut.tile_bits, column = j >> cut.tile_bits, mask = cut.tile() - 1;
-  const int64_t tile = block * cut.tiles + (cut.cross ? row * cut.tiles_across : count_of_lower(row)) + column;
-  return (((tile << cut.tile_bits) + (i & mask)) << cut.tile_bits) + (j & mask);
-}
-
 // flags[blockIdx.x]: is some sum of squares not finite? NaN and Inf anywhere in a column show there.
 template <class A>
 __global__ void __launch_bounds__(kThreads) flag_kernel(const Finish f, const A* sums, int* flags) {
@@ -186,12 +174,13 @@ bool fits_tensor_cores(const FactorRows& rows, const Factor& factor) {
 // Of the rows of a factor: how they are cut, and the order of columns
 struct Plan {
   Cut cut;
-  int64_t padded_channels;  // see Side; not zero on tensor cores
+  int64_t padded_channels;  // see Side
 };
-Plan plan_of(const FactorRows& rows, const Factor& factor) {
+Plan plan_of(const FactorRows& rows, const Factor& factor, bool by_offsets = false) {
   const Patches& p = rows.patches;
   if (!fits_tensor_cores(rows, factor))
-    return {cut_of(tile_bits_of(p.dtype, factor.size), false, p.rows(), factor.blocks, factor.size, factor.size), 0};
+    return {cut_of(tile_bits_of(p.dtype, factor.size), false, p.rows(), factor.blocks, factor.size, factor.size),
+            by_offsets ? p.channels : 0};
   const int64_t vector = 16 / item_of(p.dtype);
   const int64_t padded = divide_up(std::min(p.channels, factor.size), vector) * vector,
                 width = p.offsets() * padded + (factor.bias ? 1 : 0);
@@ -199,6 +188,21 @@ Plan plan_of(const FactorRows& rows, const Factor& factor) {
 }
 Cut plan_of(const Patches& x, const Patches& y) {
   return cut_of(tile_bits_of(x.dtype, std::max(x.channels, y.channels)), true, x.rows(), 1, x.channels, y.channels);
+}
+
+Products products_of(const FactorRows& rows, const Factor& factor, const Plan& plan) {
+  Products p = {};
+  p.a = side_of(rows.patches, factor);
+  p.a.bias = rows.bias;
+  p.a.padded_channels = plan.padded_channels;
+  p.cut = plan.cut;
+  p.rows = rows.patches.rows();
+  p.along_rows = rows.patches.channel_step != 1;
+  p.weights = rows.weights;
+  p.by_visits = rows.by_visits;
+  std::copy_n(rows.visited, Patches::kAxes, p.visited);
+  p.on_tensor_cores = fits_tensor_cores(rows, factor);
+  return p;
 }
 
 // A matrix seen as the only block of a factor
@@ -229,7 +233,7 @@ cudaError_t sum_products(const Products& p, Finish f, void* workspace, cudaStrea
   f.padded_channels = p.a.padded_channels;
   int* const flags = static_cast<int*>(workspace);
   void* const sums = static_cast<char*>(workspace) + kFlagBytes;
-  const cudaError_t error = p.a.padded_channels > 0 ? tensor_products(p, sums, stream) : fma_products(p, sums, stream);
+  const cudaError_t error = p.on_tensor_cores ? tensor_products(p, sums, stream) : fma_products(p, sums, stream);
   if (error != cudaSuccess) return error;
   return f.factor.dtype == DType::f64 ? launch_finish<double>(f, sums, flags, stream) : launch_finish<float>(f, sums, flags, stream);
 }
@@ -244,17 +248,6 @@ int64_t cross_workspace(const Patches& x, const Patches& y) { return workspace_o
 cudaError_t factor_accumulate(const FactorRows& rows, const Factor& factor, double beta, double alpha, int32_t* refused, void* workspace,
                               cudaStream_t stream) {
   if (factor.features == 0) return cudaSuccess;
-  const Plan plan = plan_of(rows, factor);
-  Products p = {};
-  p.a = side_of(rows.patches, factor);
-  p.a.bias = rows.bias;
-  p.a.padded_channels = plan.padded_channels;
-  p.cut = plan.cut;
-  p.rows = rows.patches.rows();
-  p.along_rows = rows.patches.channel_step != 1;
-  p.weights = rows.weights;
-  p.by_visits = rows.by_visits;
-  std::copy_n(rows.visited, Patches::kAxes, p.visited);
   Finish f = {};
   f.factor = factor;
   f.columns = factor.size;
@@ -262,7 +255,34 @@ cudaError_t factor_accumulate(const FactorRows& rows, const Factor& factor, doub
   f.alpha = alpha;
   f.bias_square = rows.bias_square;
   f.refused = refused;
-  return sum_products(p, f, workspace, stream);
+  return sum_products(products_of(rows, factor, plan_of(rows, factor)), f, workspace, stream);
+}
+
+int64_t offset_workspace(const FactorRows& rows, const Factor& factor) {
+  return workspace_of(plan_of(rows, factor, true).cut, rows.patches.dtype);
+}
+
+cudaError_t offset_products(const FactorRows& rows, const Factor& factor, const uint64_t* chosen, bool flagged, void* workspace,
+                            OffsetSums* sums, cudaStream_t stream) {
+  Products p = products_of(rows, factor, plan_of(rows, factor, true));
+  if (chosen) {
+    p.chosen = true;
+    std::copy_n(chosen, Products::kChoices, p.chosen_offsets);
+  }
+  int* const flags = static_cast<int*>(workspace);
+  void* const at = static_cast<char*>(workspace) + kFlagBytes;
+  *sums = {p.cut, p.a.padded_channels, at, flagged ? flags : nullptr};
+  const cudaError_t error = p.on_tensor_cores ? tensor_products(p, at, stream) : fma_products(p, at, stream);
+  if (error != cudaSuccess || !flagged) return error;
+  Finish f = {};
+  f.factor = factor;
+  f.cut = p.cut;
+  f.offsets = rows.patches.offsets();
+  f.padded_channels = p.a.padded_channels;
+  const auto flag = [&]<class A>(const A* from) {
+    return launch(flag_kernel<A>, dim3(kFlagged), dim3(kThreads), 0, stream, f, from, flags);
+  };
+  return factor.dtype == DType::f64 ? flag(static_cast<const double*>(at)) : flag(static_cast<const float*>(at));
 }
 
 cudaError_t cross_products(const Patches& x, const Patches& y, const void* weights, void* out, void* workspace, cudaStream_t stream) {

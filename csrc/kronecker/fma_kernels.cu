@@ -48,6 +48,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Produ
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread();
   const int64_t block = blockIdx.x / p.cut.tiles, index = blockIdx.x % p.cut.tiles;
   const TileIndex tile = kCross ? TileIndex{index / p.cut.tiles_across, index % p.cut.tiles_across} : lower_tile(index);
+  if (!kCross && !is_wanted(p, tile)) return;
   const Side& b = kCross ? p.b : p.a;
   const T* const data_a = static_cast<const T*>(p.a.patches.data) + block * p.a.block_offset;
   const T* const data_b = static_cast<const T*>(b.patches.data) + block * b.block_offset;

@@ -2,6 +2,7 @@
 // products are cut into tiles, and what the rows and columns of a tile are.
 #pragma once
 #include "common/convert.cuh"
+#include "kronecker/factor_cuda.h"
 #include "kronecker/patches.cuh"
 
 namespace mfac_kernels {
@@ -51,7 +52,25 @@ struct Products {
   const void* weights;
   bool by_visits;
   Axis visited[Patches::kAxes];
+  bool on_tensor_cores;
+  // Of columns by offsets: only the blocks of offsets (o, o2) are asked for whose bit o2 of chosen_offsets[o] is set, o >= o2.
+  static constexpr int kChoices = 64;
+  bool chosen;
+  uint64_t chosen_offsets[kChoices];
 };
+constexpr int kFlagged = 32;  // blocks that look for what is not finite
+struct OffsetSums {
+  Cut cut;
+  int64_t padded_channels;  // columns are o * padded_channels + c, the bias after the last offset
+  const void* sums;
+  const int* flags;  // (kFlagged), not null if the batch may be refused: 1 where something is not finite
+};
+// The sums of a convolution's patches by kernel offsets; `chosen`: Products::kChoices masks of the pairs of offsets that are asked for, or
+// null
+int64_t offset_workspace(const FactorRows& rows, const Factor& factor);
+cudaError_t offset_products(const FactorRows& rows, const Factor& factor, const uint64_t* chosen, bool flagged, void* workspace,
+                            OffsetSums* sums, cudaStream_t stream);
+
 cudaError_t fma_products(const Products& p, void* sums, cudaStream_t stream);
 cudaError_t tensor_products(const Products& p, void* sums, cudaStream_t stream);
 
@@ -65,6 +84,32 @@ __device__ __forceinline__ TileIndex lower_tile(int64_t tile) {
   if (count_of_lower(row) > tile) --row;
   if (count_of_lower(row + 1) <= tile) ++row;
   return {row, tile - count_of_lower(row)};
+}
+
+// Where the first run has the sum of two columns of a block
+__device__ __forceinline__ int64_t sum_index(const Cut& cut, int64_t block, int64_t i, int64_t j) {
+  if (!cut.cross && i < j) {
+    const int64_t swapped = i;
+    i = j;
+    j = swapped;
+  }
+  const int64_t row = i >> cut.tile_bits, column = j >> cut.tile_bits, mask = cut.tile() - 1;
+  const int64_t tile = block * cut.tiles + (cut.cross ? row * cut.tiles_across : count_of_lower(row)) + column;
+  return (((tile << cut.tile_bits) + (i & mask)) << cut.tile_bits) + (j & mask);
+}
+
+// Does some pair of kernel offsets in the tile concern us? Those of the diagonal do: they show whether the batch is finite.
+__device__ __forceinline__ bool is_wanted(const Products& p, const TileIndex& tile) {
+  if (!p.chosen || tile.row == tile.column) return true;
+  const Axis(&axes)[Patches::kAxes] = p.a.patches.axes;
+  const int64_t offsets = axes[0].kernel * axes[1].kernel * axes[2].kernel;
+  const auto first = [&](int64_t t) { return (t << p.cut.tile_bits) / p.a.padded_channels; };
+  const auto last = [&](int64_t t) { return (((t + 1) << p.cut.tile_bits) - 1) / p.a.padded_channels; };
+  if (last(tile.row) >= offsets) return true;  // the bias
+  for (int64_t o = first(tile.row); o <= last(tile.row); ++o)
+    for (int64_t o2 = first(tile.column); o2 <= last(tile.column); ++o2)
+      if (p.chosen_offsets[o] >> o2 & 1) return true;
+  return false;
 }
 
 __device__ __forceinline__ int visits(const Axis& axis, int64_t pixel) {
@@ -87,8 +132,15 @@ __device__ __forceinline__ A weight_of(const Products& p, int64_t index, const P
   return weight;
 }
 
+// Of columns by offsets, without gaps
+__device__ __forceinline__ int64_t feature_of_column(const Side& side, int64_t column) {
+  const int64_t patch = side.features - (side.bias_feature >= 0 ? 1 : 0);
+  return column < patch ? column % side.padded_channels * (patch / side.padded_channels) + column / side.padded_channels : column;
+}
+
 template <class T>
 __device__ __forceinline__ PatchColumn<T> column_of(const Side& side, int64_t block, int64_t column) {
+  if (side.padded_channels > 0) column = feature_of_column(side, column);
   const int64_t feature = block * side.block_features + column;
   if (column < side.size && feature < side.features && feature != side.bias_feature) return patch_column<T>(side.patches, feature);
   PatchColumn<T> constant = {};

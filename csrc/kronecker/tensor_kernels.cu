@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tensor_kernel(const Product
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread();
   const int64_t block = blockIdx.x / p.cut.tiles;
   const TileIndex tile = lower_tile(blockIdx.x % p.cut.tiles);
+  if (!is_wanted(p, tile)) return;
   const bool diagonal = tile.row == tile.column;
   const T* const data = static_cast<const T*>(p.a.patches.data) + block * p.a.block_offset;
 
