@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mfac_kernels import ops
-from mfac_kernels.fisher._layout import multiply_inputs, multiply_outputs
+from mfac_kernels.fisher._layout import KroneckerShape, multiply_inputs, multiply_outputs
 from mfac_kernels.fisher._stack import Stack
 
 State = dict[str, list[Tensor]]
@@ -58,8 +58,8 @@ class FactoredInverses(Inverses):
     def __init__(self, stacks: Sequence[Stack], pi_correction: bool) -> None:
         super().__init__(stacks)
         self.pi_correction = pi_correction
-        self._inputs = [_identity(stack.inputs, stack.shape.diagonal) for stack in stacks]
-        self._outputs = [_identity(stack.outputs) for stack in stacks]
+        self._inputs = [_identity(stack, stack.shape.input_factor) for stack in stacks]
+        self._outputs = [_identity(stack, stack.shape.output_factor) for stack in stacks]
         self._scales = [torch.ones_like(stack.weight) for stack in stacks]
         place = stacks[0].weight.device if stacks else None
         # Blocks by what became of them: inverted in float64, at a larger damping, and kept from before
@@ -72,16 +72,17 @@ class FactoredInverses(Inverses):
         for i, (stack, chosen) in enumerate(zip(self.stacks, rows, strict=True)):
             for row in _runs(chosen):
                 weight = _nonzero(stack.weight[row])[:, None]
-                pi = self._pi(stack, row)
+                inputs, outputs = stack.shape.expand(stack.inputs[row]), stack.outputs[row]
+                pi = self._pi(stack.shape, inputs, outputs)
                 self._scales[i][row] = weight[:, 0] ** 2
                 of_inputs, of_outputs = (damping * pi).sqrt() * weight, (damping / pi).sqrt() * weight
                 if stack.shape.unit:
                     of_inputs, of_outputs = damping * weight, torch.zeros_like(weight)
                 if stack.shape.diagonal:
-                    self._inputs[i][row] = (stack.inputs[row] + of_inputs).reciprocal()
-                sides = [(stack.outputs[row], of_outputs, self._outputs[i][row])]
+                    self._inputs[i][row] = (inputs + of_inputs).reciprocal()
+                sides = [(outputs, of_outputs, self._outputs[i][row])]
                 if not stack.shape.diagonal:
-                    sides.append((stack.inputs[row], of_inputs, self._inputs[i][row]))
+                    sides.append((inputs, of_inputs, self._inputs[i][row]))
                 for factor, shift, target in sides:
                     batches.append(factor)
                     dampings.append(shift.expand(factor.shape[:2]))
@@ -97,13 +98,12 @@ class FactoredInverses(Inverses):
             self._damped += (attempts > 1).sum()
             self._kept += failed.sum()
 
-    def _pi(self, stack: Stack, row: slice) -> Tensor:
+    def _pi(self, shape: KroneckerShape, inputs: Tensor, outputs: Tensor) -> Tensor:
         """(layers, groups), or (layers, 1) where blocks are parts of one factor."""
         means = []
-        for factor, width in ((stack.inputs, stack.shape.input_width), (stack.outputs, stack.shape.outputs)):
-            factor = factor[row]
+        for factor, width in ((inputs, shape.input_width), (outputs, shape.outputs)):
             trace = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
-            if stack.shape.groups == 1:
+            if shape.groups == 1:
                 trace = trace.sum(-1, keepdim=True)
             means.append(trace / width)
         pi = means[0] / means[1]
@@ -146,8 +146,8 @@ class Eigenbases(Inverses):
     def __init__(self, stacks: Sequence[Stack], eigen_correction: bool) -> None:
         super().__init__(stacks)
         self.eigen_correction = eigen_correction
-        self._inputs = [_identity(stack.inputs, stack.shape.diagonal) for stack in stacks]
-        self._outputs = [_identity(stack.outputs) for stack in stacks]
+        self._inputs = [_identity(stack, stack.shape.input_factor) for stack in stacks]
+        self._outputs = [_identity(stack, stack.shape.output_factor) for stack in stacks]
         # (layers, groups, outputs, 1, inputs)
         self.moments = [
             stack.inputs.new_ones(len(stack.layers), s.groups, s.outputs, 1, s.input_width)
@@ -164,7 +164,10 @@ class Eigenbases(Inverses):
                 if stack.shape.diagonal:
                     of_inputs = stack.inputs[row][:, None] / weight
                 else:
-                    of_inputs = _eigh(stack.inputs[row], stack.shape.input_width, self._inputs[i][row]) / weight
+                    of_inputs = (
+                        _eigh(stack.shape.expand(stack.inputs[row]), stack.shape.input_width, self._inputs[i][row])
+                        / weight
+                    )
                 of_outputs = _eigh(stack.outputs[row], stack.shape.outputs, self._outputs[i][row]) / weight
                 if stack.shape.groups == 1:  # blocks follow one another; the ragged end is cut off
                     of_inputs = of_inputs.flatten(1)[:, None, : stack.shape.input_width]
@@ -220,10 +223,12 @@ class Eigenbases(Inverses):
         }
 
 
-def _identity(factor: Tensor, diagonal: bool = False) -> Tensor:
-    if diagonal:
-        return torch.ones_like(factor)
-    return torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor).contiguous()
+def _identity(stack: Stack, size: tuple[int, ...]) -> Tensor:
+    """For each layer; of a diagonal factor, its diagonal."""
+    if len(size) == 1:
+        return stack.inputs.new_ones(len(stack.layers), *size)
+    unit = torch.eye(size[-1], dtype=stack.inputs.dtype, device=stack.inputs.device)
+    return unit.expand(len(stack.layers), *size).contiguous()
 
 
 def _runs(rows: list[int]) -> list[slice]:

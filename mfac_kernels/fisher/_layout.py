@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mfac_kernels import ops
 from mfac_kernels.fisher._checks import positive_int
+
+
+@dataclass(frozen=True)
+class Lags:
+    """The geometry, in 2 dimensions, of a convolution whose A is kept in the form of ``ops.conv2d_lags_``."""
+
+    kernel_size: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    dilation: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -25,6 +35,7 @@ class KroneckerShape:
         input_block, output_block: keep the block diagonal of A, of B, in blocks of this size; the last one is ragged
             and padded with zeros. None: dense.
         diagonal: A is diagonal (an embedding's).
+        lags: average A in compressed form, about a third of a 3 x 3 convolution's, and expand it to invert it.
         unit: B is the number 1 and A the whole block, damped as it is (the scale and shift of a normalisation layer).
     """
 
@@ -38,6 +49,7 @@ class KroneckerShape:
     output_block: int | None = None
     diagonal: bool = False
     unit: bool = False
+    lags: Lags | None = None
 
     def __post_init__(self) -> None:
         for name in ("outputs", "inputs", "offsets", "groups"):
@@ -68,6 +80,22 @@ class KroneckerShape:
         if self.diagonal:
             return (self.inputs,)
         return _factor(self.groups, self.input_width, self.input_block)
+
+    @property
+    def input_state(self) -> tuple[int, ...]:
+        """What is averaged: A itself, or its compressed form (groups, size)."""
+        if self.lags is None:
+            return self.input_factor
+        return ops.conv2d_lags_size(self.inputs * self.groups, groups=self.groups, bias=self.bias, **vars(self.lags))
+
+    def expand(self, state: Tensor) -> Tensor:
+        """(layers, *input_state) -> (layers, *input_factor)."""
+        if self.lags is None:
+            return state
+        factors = state.new_empty(len(state), *self.input_factor)
+        for factor, compressed in zip(factors, state, strict=True):
+            ops.conv2d_expand_(factor, compressed, groups=self.groups, bias=self.bias, **vars(self.lags))
+        return factors
 
     @property
     def output_factor(self) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from mfac_kernels.fisher._layout import KroneckerShape
 
 
 class Stack:
-    """Averages and this batch's sums of L layers: (L, *input_factor) and (L, *output_factor).
+    """Averages and this batch's sums of L layers: (L, *input_state) and (L, *output_factor).
 
     ``inputs`` and ``outputs`` are exponential sums; divided by ``weight`` (L,), in [0, 1), they are averages.
     """
@@ -21,7 +21,7 @@ class Stack:
     ) -> None:
         count = len(layers)
         self.shape, self.layers = shape, tuple(layers)
-        self.inputs = torch.zeros(count, *shape.input_factor, dtype=dtype, device=device)
+        self.inputs = torch.zeros(count, *shape.input_state, dtype=dtype, device=device)
         self.outputs = torch.zeros(count, *shape.output_factor, dtype=dtype, device=device)
         self.input_sums, self.output_sums = torch.zeros_like(self.inputs), torch.zeros_like(self.outputs)
         self.weight = torch.zeros(count, dtype=dtype, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -11,10 +12,10 @@ from torch import Tensor
 from mfac_kernels import ops
 from mfac_kernels.fisher._checks import index, positive_float
 from mfac_kernels.fisher._inverses import Eigenbases, FactoredInverses, Inverses
-from mfac_kernels.fisher._layout import KroneckerShape, gather, spread
+from mfac_kernels.fisher._layout import KroneckerShape, Lags, gather, spread
 from mfac_kernels.fisher._stack import Stack
 
-__all__ = ["KroneckerFisher", "KroneckerShape"]
+__all__ = ["KroneckerFisher", "KroneckerShape", "Lags"]
 
 Write = Callable[[Tensor, float], object]
 """write(sum, beta): sum <- beta sum + what is added. ``ops.linear_factor_`` and its kin do just that."""
@@ -91,7 +92,10 @@ class KroneckerFisher:
     # ---- factors ---------------------------------------------------------------------------------------------------
 
     def add_inputs(self, layer: int, write: Write) -> None:
-        """Add to this batch's A of a layer: ``write`` gets the sum, (a, a), (blocks, s, s) or (inputs,), and a beta."""
+        """Add to this batch's A of a layer: ``write`` gets the sum, of ``input_state``, and a beta.
+
+        A dense factor (1, a, a) comes as (a, a).
+        """
         stack, row = self._at(layer)
         stack.add(stack.input_sums, stack.inputs_begun, row, write)
 
@@ -154,8 +158,8 @@ class KroneckerFisher:
 
     def refresh_cost(self, layer: int) -> float:
         """Multiplications, up to a factor, of :meth:`refresh` for one layer."""
-        stack, row = self._at(layer)
-        return float(sum(f[row].numel() * f.shape[-1] for f in (stack.inputs, stack.outputs)))
+        shape = self.shapes[layer]
+        return float(sum(math.prod(size) * size[-1] for size in (shape.input_factor, shape.output_factor)))
 
     def inverse_state(self, layer: int) -> list[Tensor]:
         """What :meth:`refresh` writes for one layer, as views: ranks that share the work send these to each other."""
@@ -169,7 +173,8 @@ class KroneckerFisher:
         """The debiased A, (blocks, s, s) or (inputs,), and B, (blocks, s, s), of a layer."""
         stack, row = self._at(layer)
         weight = stack.weight[row].clamp_min(torch.finfo(stack.weight.dtype).tiny)
-        return stack.inputs[row] / weight, stack.outputs[row] / weight
+        (inputs,) = stack.shape.expand(stack.inputs[row : row + 1])
+        return inputs / weight, stack.outputs[row] / weight
 
     # ---- products --------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfac_kernels import ops
-from mfac_kernels.fisher.kronecker import KroneckerShape
+from mfac_kernels.fisher.kronecker import KroneckerShape, Lags
 
 Spatial = Literal["full", "sua"]
 Approximation = Literal["expand", "reduce"]
@@ -152,12 +152,25 @@ class ConvLayer(Layer):
             input_block=None if grouped else options.input_block,
             output_block=None if grouped else options.output_block,
         )
+        self.shape = replace(self.shape, lags=self._lags())
         self._accumulate = next(op for kind, op in CONVOLUTIONS.items() if isinstance(module, kind))
 
     def positions(self, output: Tensor) -> int:
         return math.prod(output.shape[2:])
 
     def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
+        if self.shape.lags is not None:
+            ops.conv2d_lags_(
+                total,
+                x if x.dim() == 4 else x[:, :, None],
+                **vars(self.shape.lags),
+                groups=self.module.groups,
+                bias=self.shape.bias,
+                beta=how.beta,
+                alpha=how.alpha,
+                check_finite=how.refused,
+            )
+            return
         padding: str | tuple[int, ...] = self.module.padding
         if self.module.padding_mode != "zeros":
             x = F.pad(x, self.module._reversed_padding_repeated_twice, mode=self.module.padding_mode)
@@ -177,6 +190,24 @@ class ConvLayer(Layer):
             alpha=how.alpha,
             check_finite=how.refused,
         )
+
+    def _lags(self) -> Lags | None:
+        """The compressed form, where there is one and A is dense."""
+        module, shape = self.module, self.shape
+        plain = self.options.spatial == "full" and self.options.approximation == "expand"
+        strided = any(s != 1 for s in module.stride) or module.padding_mode != "zeros"
+        if (
+            not plain
+            or strided
+            or shape.offsets == 1
+            or len(module.kernel_size) > 2
+            or shape.input_factor[0] != shape.groups
+        ):
+            return None
+        if isinstance(module, nn.Conv1d):  # over images of height 1
+            padding = module.padding if isinstance(module.padding, str) else (0, *module.padding)
+            return Lags((1, *module.kernel_size), padding, (1, *module.dilation))
+        return Lags(module.kernel_size, module.padding, module.dilation)
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
         reduce = self.options.approximation == "reduce"  # of the mean over S: 1 / N of its square, 1 / (N S) asked for
