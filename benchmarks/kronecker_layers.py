@@ -184,8 +184,8 @@ def measure(layer: Layer, batch: int, rounds: int) -> dict[str, Any]:
         x = x[:, :, 0, 0]
     factor = torch.zeros(layer.columns, layer.columns)
     calls = contenders(layer, x, factor)
-    memory = {name: extra_memory(calls[name]) for name in ("ours", "unfold + mm")}  # the first call: nothing is kept
-    yet want = calls["unfold + mm"]()  # both have taken their second step
+    memory = {name: extra_memory(calls[name]) for name in ("ours", "unfold + mm")}  # at the first call
+    want = calls["unfold + mm"]()  # both have taken their second step
     got = calls["ours"]()
     error = float((got - want).norm() / want.norm())
     assert error < 1e-5, (layer, error)
@@ -219,8 +219,8 @@ def table(network: str, counts: Counter[Layer], rows: list[dict[str, Any]]) -> l
         "",
         f"## {network}, batch {rows[0]['batch']}",
         "",
-        "| layer | times | ours ms | GFLOP/s | unfold + mm | curvlinops | nngeometry | bare GEMM | extra memory, of the
-        patches |", "|---|---|---|---|---|---|---|---|---|",
+        "| layer | uses | ours ms | GFLOP/s | unfold + mm | curvlinops | nngeometry | bare GEMM | memory of patches |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     names = ("unfold + mm", "curvlinops", "nngeometry", "bare GEMM")
     totals: Counter[str] = Counter()
@@ -250,8 +250,8 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     read = big.numel() * 4 / best(lambda: big.sum()) / 1e9
     figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
     at = torch.logspace(-1, 4, 100)
-    axes.plot(at, (read * at).clamp(max=gemm), color="grey", label=f"torch.mm {gemm:.0f} GFLOP/s, reads {read:.0f}
-    GB/s") for network, rows in results.items():
+    axes.plot(at, (read * at).clamp(max=gemm), color="grey", label=f"mm {gemm:.0f} GFLOP/s, {read:.0f} GB/s")
+    for network, rows in results.items():
         axes.scatter([r["flops"] / r["bytes"] for r in rows], [r["GFLOP/s"] for r in rows], label=network)
     axes.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="GFLOP/s of the symmetric half")
     axes.legend()
