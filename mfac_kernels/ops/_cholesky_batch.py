@@ -13,6 +13,15 @@ Damping = float | Tensor
 _EXPECTED = "float32, float64, bfloat16 or float16"
 
 
+def _float64(t: Tensor) -> Tensor:
+    return t if t.dtype == torch.float64 else t.to(torch.float64)
+
+
+def _wider(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """What to compute in: float64 if either is, else float32."""
+    return torch.float64 if torch.float64 in (a, b) else torch.float32
+
+
 class Batch:
     """One batch as the kernels take it: blocks and damping broadcast, what to compute in, where the result goes."""
 
@@ -33,11 +42,13 @@ class Batch:
         if not isinstance(damping, Tensor):
             self.damping = torch.full((1,), damping, dtype=torch.float64, device=blocks.device)
         elif damping.dim() == 0:
-            self.damping = damping.to(torch.float64).view(1)
+            self.damping = _float64(damping).view(1)
         else:
-            self.shape = broadcast(op, "damping", damping.shape, self.shape)
-            blocks = blocks.expand(*self.shape, *blocks.shape[-2:])
-            self.damping = damping.to(torch.float64).expand(self.shape).reshape(-1).contiguous()
+            if damping.shape != self.shape:
+                self.shape = broadcast(op, "damping", damping.shape, self.shape)
+                blocks = blocks.expand(*self.shape, *blocks.shape[-2:])
+                damping = damping.expand(self.shape)
+            self.damping = _float64(damping).reshape(-1).contiguous()
         self.blocks = blocks
         self.out = out
         if out is not None:
@@ -48,10 +59,10 @@ class Batch:
                 wanted, got = type_text(out.dtype), type_text(dtype)
                 raise RuntimeError(f"{op}: dtype: expected {wanted}, as out is, got {got}")
             dtype = out.dtype
-        self.dtype = dtype or torch.promote_types(blocks.dtype, torch.float32)
+        self.dtype = dtype or _wider(blocks.dtype, torch.float32)
         if self.dtype not in FLOATS:
             raise RuntimeError(f"{op}: dtype: expected {_EXPECTED}, got {type_text(self.dtype)}")
-        self.compute_dtype = torch.promote_types(torch.promote_types(self.dtype, blocks.dtype), torch.float32)
+        self.compute_dtype = _wider(self.dtype, blocks.dtype)
 
     def buffer(self) -> Tensor:
         """Where the kernels write: out if they can, else a new tensor."""
@@ -62,7 +73,7 @@ class Batch:
     def finish(self, result: Tensor) -> Tensor:
         """The result in the dtype and the place asked for."""
         if self.out is None:
-            return result.to(self.dtype)
+            return result if result.dtype == self.dtype else result.to(self.dtype)
         return self.out if result is self.out else self.out.copy_(result)
 
 
