@@ -48,12 +48,16 @@ class LagAxis {
   }
   int64_t regions(int64_t lag) const { return region(lag, kernel_ - 1 - lag) + 1; }
 
-  // By number. Each may be empty.
+  // By number, as far as p and p + l are pixels. Each may be empty.
   std::vector<Interval> intervals(int64_t lag, int64_t size) const {
     std::vector<Interval> result(regions(lag));
     for (int64_t o = 0; o < kernel_ - lag; ++o) result[region(lag, o)] = {before(o), size - dilation_ * lag - after(o + lag)};
     return result;
   }
+
+  // The pixels that all kernel offsets meet
+  Interval core(int64_t size) const { return {before(kernel_ - 1), size - after(0)}; }
+  int64_t reach() const { return dilation_ * (kernel_ - 1); }
 
  private:
   int64_t before(int64_t o) const { return std::max<int64_t>(0, dilation_ * o - padding_); }
@@ -111,46 +115,49 @@ struct Piece {
   Interval rows, columns;
 };
 
-// The pieces of one lag, for images of one size: operand a is shifted by a_shift pixels, b by b_shift.
+// What a slot is made of: the pieces that its region consists of; or those of the whole plane that it lacks, of which the large one is
+// none.
+enum class Pieces { in_region, out_of_region };
+
+// The pieces of one lag, for images of one size, and the shifts of the operands in pixels.
 struct LagPieces {
   std::vector<Piece> pieces;
-  std::vector<std::vector<int64_t>> of_slot;  // the pieces that each slot of the lag consists of
+  std::vector<std::vector<int64_t>> of_slot;
   int64_t first_slot;
-  int64_t b_rows, a_columns, b_columns;  // shifts
-  bool symmetric;                        // lag 0: the sums are symmetric matrices
+  int64_t b_rows, a_columns, b_columns;
+  bool symmetric;  // lag 0: the sums are symmetric matrices
 
-  LagPieces(const LagForm& form, const Lag& lag, int64_t rows, int64_t columns)
+  LagPieces(const LagForm& form, const Lag& lag, int64_t rows, int64_t columns, Pieces which)
       : first_slot(lag.first_slot),
         b_rows(form.y().dilation() * lag.y),
         a_columns(form.x().dilation() * std::max<int64_t>(0, -lag.x)),
         b_columns(form.x().dilation() * std::max<int64_t>(0, lag.x)),
         symmetric(lag.y == 0 && lag.x == 0) {
     const auto y = form.y().intervals(lag.y, rows), x = form.x().intervals(std::abs(lag.x), columns);
-    const auto y_cuts = cut(y), x_cuts = cut(x);
     of_slot.resize(y.size() * x.size());
-    for (const Interval& r : y_cuts)
-      for (const Interval& c : x_cuts) {
-        for (size_t i = 0; i < y.size(); ++i)
-          for (size_t j = 0; j < x.size(); ++j)
-            if (y[i].contains(r) && x[j].contains(c)) of_slot[i * x.size() + j].push_back(static_cast<int64_t>(pieces.size()));
-        pieces.push_back({r, c});
+    for (const Interval& r : cut(y, rows - b_rows))
+      for (const Interval& c : cut(x, columns - a_columns - b_columns)) {
+        const auto number = static_cast<int64_t>(pieces.size());
+        bool needed = false;
+        for (size_t i = 0; i < of_slot.size(); ++i)
+          if ((y[i / x.size()].contains(r) && x[i % x.size()].contains(c)) == (which == Pieces::in_region)) {
+            of_slot[i].push_back(number);
+            needed = true;
+          }
+        if (needed) pieces.push_back({r, c});
       }
   }
 
  private:
-  // The union of the intervals, cut at all their ends
-  static std::vector<Interval> cut(const std::vector<Interval>& intervals) {
-    std::vector<int64_t> ends;
+  // [0, size) cut at the ends of the intervals
+  static std::vector<Interval> cut(const std::vector<Interval>& intervals, int64_t size) {
+    std::vector<int64_t> ends{0, std::max<int64_t>(0, size)};
     for (const Interval& i : intervals)
       if (i.begin < i.end) ends.insert(ends.end(), {i.begin, i.end});
     std::sort(ends.begin(), ends.end());
     ends.erase(std::unique(ends.begin(), ends.end()), ends.end());
     std::vector<Interval> result;
-    for (size_t i = 1; i < ends.size(); ++i) {
-      const Interval piece{ends[i - 1], ends[i]};
-      if (std::any_of(intervals.begin(), intervals.end(), [&](const Interval& whole) { return whole.contains(piece); }))
-        result.push_back(piece);
-    }
+    for (size_t i = 1; i < ends.size(); ++i) result.push_back({ends[i - 1], ends[i]});
     return result;
   }
 };
@@ -172,7 +179,7 @@ struct LagKernels {
   void (*add_products)(const void* a, const void* b, const Pixels&, void* tile);
   // sums (tile) += sum over pixels of a
   void (*add_sums)(const void* a, const Pixels&, void* sums);
-  // out (rows, columns) <- beta out + alpha * the sum of some of the tiles; mirror, if given, gets the transpose
+  // out (rows, columns) <- beta out + alpha * the sum of some of the tiles; mirror the same with the transpose. Either may be null.
   void (*add_tiles)(const void* tiles, const int64_t* chosen, int64_t count, int64_t rows, int64_t columns, double beta, double alpha,
                     void* out, void* mirror, int64_t stride);
 };

@@ -27,13 +27,20 @@ inline LagForm check_form(const char* op, const std::vector<int64_t>& kernel_siz
 
 struct LagState {
   void* data;
-  int64_t groups, channels, size;  // channels and size of one group
+  int64_t groups, channels, size, item;  // channels and size of one group; bytes of an element
+
+  // What a bias adds is the row-major matrix after the last slot.
+  char* at(int64_t group, int64_t slot, int64_t row, int64_t column) const {
+    return static_cast<char*>(data) + (group * size + (slot * channels + row) * channels + column) * item;
+  }
 };
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline LagState check_lags(const char* op, const Tensor& state, DType x, const LagForm& form, int64_t groups, int64_t channels, bool bias) {
   const int64_t size = form.size(channels, bias);
   check_state(op, "state", state, accumulator_of(x), {groups, size});
-  return {state.data_ptr(), groups, channels, size};
+  return {state.data_ptr(), groups, channels, size, x == DType::f64 ? 8 : 4};
 }
 
 // The number of channels follows from the state's size.

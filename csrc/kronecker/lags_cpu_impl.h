@@ -139,7 +139,8 @@ void add_tiles(const void* all, const int64_t* chosen, int64_t count, int64_t ro
   for (int64_t t = 0; t < count; ++t)
     for (int64_t i = 0; i < kTileArea<S>; i += kLanesOf<S>)
       store(sum + i, load<Vec<S>>(sum + i) + load<Vec<S>>(tiles + chosen[t] * kTileArea<S> + i));
-  for (int64_t i = 0; i < rows; ++i) scale_and_add(sum + i * kTile<S>, columns, S(beta), S(alpha), static_cast<S*>(out) + i * stride);
+  for (int64_t i = 0; out && i < rows; ++i)
+    scale_and_add(sum + i * kTile<S>, columns, S(beta), S(alpha), static_cast<S*>(out) + i * stride);
   if (mirror) {
     transpose_tile(sum, transposed);
     for (int64_t i = 0; i < columns; ++i)
