@@ -117,7 +117,7 @@ int64_t transform_work(const FftPlan& plan) {
 }
 
 template <class S>
-void transform(const void* image, const FftPlan& plan, void* work, void* out, int64_t frequency_step, int64_t part_step) {
+void transform(const void* image, const FftPlan& plan, void* work, void* out, int64_t part_step) {
   using V = Vec<S>;
   constexpr int64_t n = kLanesOf<S>;
   const int64_t rows = plan.rows, columns = plan.columns;
@@ -152,8 +152,8 @@ void transform(const void* image, const FftPlan& plan, void* work, void* out, in
       const int64_t first = plan.first[k], count = plan.first[k + 1] - first;
       for (int64_t i = 0; i < count; ++i) {
         const Complex<V> value = load_complex(z.re, z.im, i);
-        store(spectrum + (first + i) * frequency_step, value.re);
-        store(spectrum + (first + i) * frequency_step + part_step, value.im);
+        store(spectrum + (first + i) * 2 * part_step, value.re);
+        store(spectrum + (first + i) * 2 * part_step + part_step, value.im);
       }
     }
   }
@@ -219,14 +219,14 @@ void sum_products(const S* products, int64_t count, const double* weights, int64
 }
 
 template <class S>
-void multiply_column(const void* a, const void* b, int64_t samples, int64_t part_step, int64_t frequency_step, int64_t count,
-                     const double* weights, int64_t reach, void* work, void* out) {
+void multiply_column(const void* a, const void* b, int64_t samples, int64_t part_step, int64_t count, const double* weights, int64_t reach,
+                     void* work, void* out) {
   S *products = static_cast<S*>(work), *sums = static_cast<S*>(out);
   __builtin_memset(sums, 0, reach * 4 * kTileArea<S> * sizeof(S));
   for (int64_t first = 0; first < count; first += kColumnPart) {
     const int64_t part = count - first < kColumnPart ? count - first : kColumnPart;
     for (int64_t f = 0; f < part; ++f) {
-      const int64_t at = (first + f) * frequency_step;
+      const int64_t at = (first + f) * 2 * part_step;
       multiply_spectra(static_cast<const S*>(a) + at, static_cast<const S*>(b) + at, samples, part_step, products + 2 * f * kTileArea<S>);
     }
     int64_t lag = 0;

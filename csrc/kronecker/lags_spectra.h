@@ -22,9 +22,9 @@ class Spectra {
         plan_(panels.rows(), panels.columns(), form.y().reach(), form.x().reach()),
         reach_(form.y().kernel()),
         samples_(divide_up(kSamples, panels.samples()) * panels.samples()),
-        part_step_(samples_ * panels.kernels().tile),
-        frequency_step_(2 * part_step_ * panels.panels()),
-        buffer_(torch::stable::new_empty(x, {plan_.frequencies() * frequency_step_ * panels.kernels().item}, ScalarType::Byte)) {
+        part_step_((samples_ + 1) * panels.kernels().tile),
+        panel_step_(2 * part_step_ * plan_.frequencies()),
+        buffer_(torch::stable::new_empty(x, {panels.panels() * panel_step_ * panels.kernels().item}, ScalarType::Byte)) {
     // Spectra are twice the transforms, their products four times as large.
     const double scale = 0.25 / static_cast<double>(plan_.y.n * plan_.x.n);
     for (int64_t kx = 0; kx < plan_.kept_columns; ++kx)
@@ -56,7 +56,7 @@ class Spectra {
     for_each_task(panels_.panels() * count, [&](int64_t task) {
       const int64_t panel = task / count, sample = task % count;
       kernels_.transform(at_panel(panel, sample), plan_, scratch(kernels_.transform_work(plan_)), at(0, panel, filled_ + sample),
-                         frequency_step_, part_step_);
+                         part_step_);
     });
     filled_ += count;
   }
@@ -100,7 +100,7 @@ class Spectra {
   const char* at_panel(int64_t panel, int64_t sample) const { return panels_.at(0, panel, sample, 0, 0); }
   char* at(int64_t frequency, int64_t panel, int64_t sample) const {
     return static_cast<char*>(buffer_.mutable_data_ptr()) +
-           (frequency * frequency_step_ + panel * 2 * part_step_ + sample * panels_.kernels().tile) * panels_.kernels().item;
+           (panel * panel_step_ + frequency * 2 * part_step_ + sample * panels_.kernels().tile) * panels_.kernels().item;
   }
 
   // sums (lags, 2, tile, tile) of a segment of the columns of frequencies
@@ -110,8 +110,8 @@ class Spectra {
     std::memset(sums, 0, lags() * 2 * tile_bytes());
     for (int64_t kx = plan_.kept_columns * segment / segments; kx < plan_.kept_columns * (segment + 1) / segments; ++kx) {
       const int64_t first = plan_.first[kx];
-      kernels_.multiply_column(at(first, panel + a, 0), at(first, panel + b, 0), filled_, part_step_, frequency_step_,
-                               plan_.first[kx + 1] - first, weights_.data() + first * reach_ * 2, reach_, work, column);
+      kernels_.multiply_column(at(first, panel + a, 0), at(first, panel + b, 0), filled_, part_step_, plan_.first[kx + 1] - first,
+                               weights_.data() + first * reach_ * 2, reach_, work, column);
       for (int64_t i = 0; i < lags(); ++i) {
         const Lag& lag = form_.lags()[i];
         const int64_t angle = kx * std::abs(lag.x) * form_.x().dilation() % plan_.x.n;
@@ -142,7 +142,9 @@ class Spectra {
   const LagState& state_;
   const FftKernels& kernels_;
   FftPlan plan_;
-  int64_t reach_, samples_, part_step_, frequency_step_;
+  int64_t reach_, samples_;
+  int64_t part_step_;  // one sample longer than need be: powers of two between frequencies would share few lines of a cache
+  int64_t panel_step_;
   int64_t filled_ = 0;
   std::vector<double> weights_;  // (frequencies, row lags, 2)
   Tensor buffer_;

@@ -105,7 +105,7 @@ class Conv:
         )
 
     def state(self, dtype: torch.dtype) -> Tensor:
-        return self.reference(torch.zeros(1, self.channels, *self.image)).to(dtype)
+        return self.reference(torch.zeros(1, self.channels, *self.image)).to(dtype).zero_()
 
     def lags_(
         self,
@@ -249,3 +249,249 @@ def test_expand_of_layers(conv, block, instruction_set, device):
     if SIMT:
         conv = replace(conv, channels=conv.groups * max(1, conv.channels // conv.groups // 4))
     check_expand(conv, torch.float32, device, 0.5, block)
+
+
+# ---- by way of the frequencies ---------------------------------------------------------------------------------------
+
+cpu_only = pytest.mark.skipif(SIMT, reason="the frequencies are for the CPU alone")
+
+
+def check_fft(conv: Conv, dtype: torch.dtype) -> None:
+    """The error of an entry (c, c') is relative to the norms of the two channels over the whole plane: per transform of
+    n points about 4 log2(n) eps (Higham, Theorem 24.2, with its constants in float32), there are two; sums of products
+    over N samples, then over the rows and columns of frequencies; the border, sums over N rows or columns."""
+    x = conv.input(dtype)
+    state = torch.full_like(conv.state(sums_dtype(dtype)), float("nan"))
+    conv.lags_(state, x, 0.0, 1.0, fft=True)
+    c = conv.channels // conv.groups
+    extent = sum(2 * (i + d * (k - 1)) for i, d, k in zip(conv.image, conv.dilation, conv.kernel_size, strict=True))
+    terms = 8 * max(1, extent).bit_length() * 2 + 2 * conv.n + extent * (1 + conv.n)
+    norms = x.double().square().sum((0, 2, 3)).sqrt().reshape(conv.groups, c)
+    bound = terms * torch.finfo(state.dtype).eps * norms[:, :, None] * norms[:, None, :]
+    error = (state.double() - conv.reference(x)).abs()
+    products = error.shape[1] - (conv.kernel_size[0] * conv.kernel_size[1] * c + 1 if conv.bias else 0)
+    assert bool((error[:, :products].reshape(conv.groups, -1, c, c) <= bound[:, None]).all())
+    if conv.bias:
+        size = conv.reference(x.abs())
+        assert_sums(state[:, products:], conv.reference(x)[:, products:], size[:, products:], conv.pixels)
+
+
+@cpu_only
+@given(conv=convs(), dtype=dtypes)
+def test_fft(conv, dtype, instruction_set):
+    check_fft(conv, dtype)
+
+
+@cpu_only
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("conv", LAYERS.values(), ids=LAYERS)
+def test_fft_of_layers(conv, dtype, instruction_set):
+    check_fft(conv, dtype)
+
+
+@cpu_only
+def test_fft_is_accurate_in_norm(instruction_set):
+    conv = replace(RESNET, n=40, channels=40, image=(16, 16))
+    x = conv.input(torch.float32)
+    direct, fft = conv.state(torch.float32), conv.state(torch.float32)
+    conv.lags_(direct, x)
+    conv.lags_(fft, x, fft=True)
+    want = conv.reference(x)
+    assert not torch.equal(fft, direct), "the frequencies were taken"
+    assert float((fft - want).norm() / want.norm()) <= 1e-6
+
+
+@cpu_only
+@pytest.mark.parametrize("at", [(0, 3), (8, 3), (4, 0), (4, 9)])
+def test_outliers_on_the_border_are_not_left_to_the_frequencies(at, instruction_set):
+    """An entry whose region leaves out the border would drown in the rounding errors of what it leaves out."""
+    conv = replace(RESNET, channels=40)
+    x = conv.input(torch.float32).contiguous()
+    x[1, 17, at[0], at[1]] = 1e6
+    direct, fft = conv.state(torch.float32), conv.state(torch.float32)
+    conv.lags_(direct, x)
+    conv.lags_(fft, x, fft=True)
+    assert torch.equal(fft, direct)
+    assert_sums(fft, conv.reference(x), conv.reference(x.abs()), conv.pixels)
+
+
+# ---- what holds for both ---------------------------------------------------------------------------------------------
+
+WAYS = [False] if SIMT else [False, True]
+
+
+@pytest.mark.parametrize("fft", WAYS)
+def test_an_average_of_states_is_that_of_factors(fft, instruction_set, device):
+    """Over batches of several sizes."""
+    conv = replace(RESNET, channels=6, bias=True)
+    state, want = conv.state(torch.float64).to(device), torch.zeros(1, 55, 55).double()
+    for step, image in enumerate([(9, 10), (4, 7), (12, 5)]):
+        batch = replace(conv, image=image, seed=5 * step, n=step + 1)
+        x = batch.input(torch.float64)
+        batch.lags_(state, x.to(device), 0.9, 0.1, fft=fft)
+        want = 0.9 * want + 0.1 * batch.dense(x)
+    factor = torch.empty(55, 55, device=device, dtype=torch.float64)
+    conv.expand_(factor, state)
+    torch.testing.assert_close(factor.cpu(), want[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("fft", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_non_finite_images_change_nothing(value, dtype, fft, instruction_set, device):
+    conv = replace(RESNET, channels=35, bias=True)
+    x = conv.input(dtype).contiguous()
+    bad = x.clone()
+    bad[1, 34, 8, 9] = value
+    old = conv.reference(x).to(sums_dtype(dtype))
+    state, flag = old.clone().to(device), torch.zeros(1, dtype=torch.int32, device=device)
+    conv.lags_(state, bad.to(device), 0.5, refused=flag, fft=fft)
+    assert flag.tolist() == [1] and torch.equal(state.cpu(), old)
+    flag.zero_()
+    conv.lags_(state, x.to(device), 0.5, refused=flag, fft=fft)
+    assert flag.tolist() == [0] and not torch.equal(state.cpu(), old)
+
+
+@pytest.mark.parametrize("fft", WAYS)
+def test_samples_far_apart(fft, device):
+    """Offsets beyond 2^31; the memory between the samples is never touched."""
+    conv = replace(RESNET, channels=3, seed=0)
+    x = conv.input(torch.bfloat16)
+    far = torch.empty(2**31 + 512, dtype=torch.bfloat16, device=device)
+    far = far.as_strided(x.shape, (2**31 + 5, *x.stride()[1:])).copy_(x)
+    states = [conv.state(torch.float32).to(device) for _ in range(2)]
+    conv.lags_(states[0], x.to(device), fft=fft)
+    conv.lags_(states[1], far, fft=fft)
+    assert torch.equal(*states)
+
+
+@pytest.mark.skipif(SIMT, reason="too long for an interpreter")
+@pytest.mark.parametrize("fft", WAYS)
+def test_chunks_of_samples(fft, instruction_set):
+    """More than the panels hold at a time: 16 MiB, or 16 samples."""
+    conv = replace(RESNET, n=40, channels=34, image=(40, 60), bias=True, seed=0)
+    x = conv.input(torch.float32)
+    whole, parts = conv.state(torch.float32), conv.state(torch.float32)
+    flag = torch.zeros(1, dtype=torch.int32)
+    conv.lags_(whole, x, 0.0, refused=flag, fft=fft)
+    for part in x.split(5):
+        conv.lags_(parts, part, fft=fft)
+    assert not flag.any()
+    assert float((whole - parts).norm() / whole.norm()) <= 1e-6
+    x[39, 33, 39, 59] = float("nan")
+    before = whole.clone()
+    conv.lags_(whole, x, refused=flag, fft=fft)
+    assert flag.all() and torch.equal(whole, before)
+
+
+@pytest.mark.skipif(SIMT, reason="threads of the CPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_for_any_number_of_threads(dtype, threads, instruction_set):
+    def results() -> list[Tensor]:
+        found = []
+        for conv in (RESNET, replace(RESNET, n=20, channels=18, groups=2, image=(20, 20), bias=True)):
+            for fft in (False, True):
+                state = conv.state(sums_dtype(dtype))
+                conv.lags_(state, conv.input(dtype), fft=fft)
+                factor = torch.zeros_like(conv.expanded(state))
+                conv.expand_(factor if conv.groups > 1 else factor[0], state)
+                found += [state, factor]
+        return found
+
+    threads(1)
+    once = results()
+    for count in (2, 3):
+        threads(count)
+        assert all(map(torch.equal, results(), once))
+
+
+def test_python_surface(instruction_set, device):
+    x = random((2, 6, 7, 8), torch.float32, 0).to(device)
+    for how in ({"padding": 1}, {"padding": "same", "dilation": 2, "groups": 2}, {"bias": True}):
+        bias, groups = how.get("bias", False), how.get("groups", 1)
+        state = torch.zeros(ops.conv2d_lags_size(6, 3, **how), device=device)
+        flag = ops.conv2d_lags_(state, x, 3, **how, beta=0.0, check_finite=True)
+        size = 6 // groups * 9 + bias
+        got = torch.empty(*([groups] if groups > 1 else []), size, size, device=device)
+        ops.conv2d_expand_(got, state, 3, **how)
+        want = torch.zeros_like(got)
+        ops.conv2d_factor_(want, x, 3, **how, algorithm="tiles")
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)
+        assert flag.tolist() == [0]
+    with pytest.raises(RuntimeError, match='conv2d_lags_: algorithm: expected "auto", "lags" or "fft", got "tiles"'):
+        ops.conv2d_lags_(state, x, 3, bias=True, algorithm="tiles")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fft", WAYS)
+def test_opcheck(dtype, fft, device):
+    conv = replace(RESNET, channels=4, groups=2, bias=True)
+    state = conv.state(sums_dtype(dtype)).to(device)
+    flag = torch.zeros(1, dtype=torch.int32, device=device)
+    for refused in (None, flag):
+        arguments = (state, conv.input(dtype).to(device), *conv.form, 2, True, fft, 0.5, 2.0, refused)
+        torch.library.opcheck(torch.ops.mfac_kernels.conv_lags_.default, arguments)
+    factor = torch.zeros(2, 19, 19, dtype=state.dtype, device=device)
+    torch.library.opcheck(torch.ops.mfac_kernels.conv_expand_.default, (factor, state, *conv.form, 2, True, 0.5, 2.0))
+
+
+def test_compiles_to_one_graph(device):
+    def step(factor: Tensor, state: Tensor, x: Tensor) -> None:
+        ops.conv2d_lags_(state, x, 3, padding=1, beta=0.9, alpha=0.1)
+        ops.conv2d_expand_(factor, state, 3, padding=1)
+
+    x = random((2, 4, 6, 6), torch.float32, 0).to(device)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    factors = [torch.zeros(36, 36, device=device) for _ in range(2)]
+    states = [torch.zeros(1, 29 * 16, device=device) for _ in range(2)]
+    step(factors[0], states[0], x)
+    compiled(factors[1], states[1], x)
+    assert torch.equal(*factors) and torch.equal(*states)
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+STATE, X, FACTOR = torch.zeros(1, 29 * 16), torch.zeros(2, 4, 5, 5), torch.zeros(36, 36)
+FORM = {"kernel_size": [3, 3], "padding_before": [1, 1], "padding_after": [1, 1], "dilation": [1, 1]}
+LAGS = {"state": STATE, "x": X, **FORM, "groups": 1, "bias": False, "fft": False, "beta": 1.0, "alpha": 1.0}
+EXPAND = {"factor": FACTOR, "state": STATE, **FORM, "groups": 1, "bias": False, "beta": 0.0, "alpha": 1.0}
+FLOATS = "expected float32, float64, bfloat16 or float16, got"
+BAD = [
+    ("conv_lags_", {"x": X[0]}, r"kernel_size: expected 1 numbers, got 2"),
+    ("conv_lags_", {"x": X.int()}, rf"x: {FLOATS} Int"),
+    ("conv_lags_", {"kernel_size": [3, 3, 3]}, "kernel_size: expected 1 or 2 numbers, got 3"),
+    ("conv_lags_", {"kernel_size": [3, 0]}, "kernel_size: expected at least 1, got 0"),
+    ("conv_lags_", {"padding_before": [1, -1]}, "padding_before: expected at least 0, got -1"),
+    ("conv_lags_", {"padding_after": [1]}, "padding_after: expected 2 numbers, got 1"),
+    ("conv_lags_", {"dilation": [0, 1]}, "dilation: expected at least 1, got 0"),
+    ("conv_lags_", {"dilation": [4, 1]}, "kernel_size: expected a kernel that fits into the padded input, got one of"),
+    ("conv_lags_", {"groups": 3}, "groups: expected a divisor of 4 channels, got 3"),
+    ("conv_lags_", {"groups": 2}, r"state: expected shape \(2, 116\), got \(1, 464\)"),
+    ("conv_lags_", {"bias": True}, r"state: expected shape \(1, 501\), got \(1, 464\)"),
+    ("conv_lags_", {"state": STATE.double()}, "state: expected Float, got Double"),
+    ("conv_lags_", {"state": torch.zeros(116, 2).mT, "groups": 2}, "state: expected a contiguous tensor"),
+    ("conv_lags_", {"beta": float("nan")}, "beta: expected a finite number, got nan"),
+    ("conv_lags_", {"alpha": float("inf")}, "alpha: expected a finite number, got inf"),
+    ("conv_lags_", {"refused": torch.zeros(1)}, "refused: expected Int, got Float"),
+    (
+        "conv_expand_",
+        {"state": STATE[:, :463]},
+        r"state: expected the sums of a kernel of 9 offsets, got shape \(1, 463\)",
+    ),
+    ("conv_expand_", {"state": STATE[0]}, r"state: expected 2 dimensions, got shape \(464,\)"),
+    ("conv_expand_", {"state": STATE.half()}, "state: expected Float or Double, got Half"),
+    ("conv_expand_", {"groups": 0}, "groups: expected at least 1, got 0"),
+    ("conv_expand_", {"factor": FACTOR[1:]}, r"factor: expected shape \(36, 36\), got \(35, 36\)"),
+    ("conv_expand_", {"factor": FACTOR.double()}, "factor: expected Float, got Double"),
+    ("conv_expand_", {"beta": float("inf")}, "beta: expected a finite number, got inf"),
+]
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize(("name", "changed", "message"), BAD)
+def test_errors_name_argument_expected_and_got(name, changed, message, fake):
+    arguments = (LAGS | {"refused": None} if name == "conv_lags_" else EXPAND) | changed
+    if fake:
+        arguments = {key: a.to("meta") if isinstance(a, Tensor) else a for key, a in arguments.items()}
+    with pytest.raises(RuntimeError, match=f"{name}: {message}"):
+        getattr(torch.ops.mfac_kernels, name)(**arguments)
