@@ -22,6 +22,18 @@ def _regions(kernel: int, before: int, after: int, dilation: int, lag: int) -> i
     )
 
 
+def slots(
+    kernel_size: Sequence[int], padding_before: Sequence[int], padding_after: Sequence[int], dilation: Sequence[int]
+) -> int:
+    """How many C x C sums a group's state holds."""
+    whole, zero = 1, 1  # of all lags in the plane; of lag 0
+    for axis in zip(kernel_size, padding_before, padding_after, dilation, strict=True):
+        regions = [_regions(*axis, lag) for lag in range(axis[0])]
+        whole *= regions[0] + 2 * sum(regions[1:])
+        zero *= regions[0]
+    return (whole + zero) // 2  # a lag and its opposite share theirs
+
+
 def state_size(
     channels: int,
     kernel_size: Sequence[int],
@@ -31,13 +43,8 @@ def state_size(
     bias: bool,
 ) -> int:
     """Of one group of so many channels."""
-    whole, zero = 1, 1  # lags in the plane, those in the half plane of the ops
-    for axis in zip(kernel_size, padding_before, padding_after, dilation, strict=True):
-        regions = [_regions(*axis, lag) for lag in range(axis[0])]
-        whole *= regions[0] + 2 * sum(regions[1:])
-        zero *= regions[0]
-    slots = (whole + zero) // 2
-    return slots * channels**2 + (math.prod(kernel_size) * channels + 1 if bias else 0)
+    sums = slots(kernel_size, padding_before, padding_after, dilation) * channels**2
+    return sums + (math.prod(kernel_size) * channels + 1 if bias else 0)
 
 
 def _check_form(
@@ -125,7 +132,6 @@ def state_channels(
 ) -> int | None:
     """The inverse of :func:`state_size`, if there is one."""
     form = (kernel_size, padding_before, padding_after, dilation, bias)
-    slots = state_size(1, *form[:4], False)
     # There are at least as many slots as offsets, so that what a bias adds to slots C^2 is less than the next square.
-    channels = math.isqrt(size // slots)
+    channels = math.isqrt(size // slots(*form[:4]))
     return channels if state_size(channels, *form) == size else None

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfac_kernels.ops import _lag_form
+from mfac_kernels.ops import _conv_cost, _lag_form
 from mfac_kernels.ops._checks import check
 from mfac_kernels.ops.kronecker import Sizes, _flag, _geometry
 
@@ -64,8 +64,10 @@ def conv2d_lags_(
     Of what :func:`~mfac_kernels.ops.conv2d_factor_` accumulates with ``spatial="full"``, ``approximation="expand"`` and
     a stride of 1; the arguments are the same. state: of :func:`conv2d_lags_size`, contiguous; not read if ``beta=0``.
 
-    algorithm: ``"lags"``, sums over pixels, each entry as accurate as if it had been computed alone; ``"fft"``, by way
-        of the frequencies, accurate to a few 1e-7 in norm; ``"auto"``: the faster one.
+    algorithm: ``"lags"``, sums over pixels, each entry as accurate as if it had been computed alone; ``"fft"``, on the
+        CPU, by way of the frequencies, accurate to a few 1e-7 in norm; ``"auto"``, the one that should be faster. At
+        most 16 samples at a time, the frequencies give way to sums over pixels where the pixels that all kernel
+        offsets meet have less than 1/16 of the sum of squares of a channel: their error is relative to the whole plane.
     """
     kernel, _, before, after, dilations = _geometry("conv2d_lags_", 2, kernel_size, 1, padding, dilation)
     check(
@@ -74,6 +76,9 @@ def conv2d_lags_(
     )
     flag = _flag(state, check_finite)
     fft = algorithm == "fft"
+    if algorithm == "auto" and _conv_cost.runs_on(x):
+        cost = _conv_cost.of(x, kernel, before, after, dilations, groups, expanded=False)
+        fft = cost["fft"] < cost["lags"]
     _ops.conv_lags_(state, x, kernel, before, after, dilations, groups, bias, fft, beta, alpha, flag)
     return flag
 

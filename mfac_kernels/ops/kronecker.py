@@ -20,12 +20,13 @@ architectures", NeurIPS 2023 (expand, reduce).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-import mfac_kernels.ops._kronecker_fakes  # noqa: F401  (loads the ops)
+from mfac_kernels.ops import _conv_cost, _kronecker_fakes, _lag_form
 from mfac_kernels.ops._checks import check
 
 __all__ = [
@@ -222,6 +223,14 @@ def _conv_factor_(
         approximation in ("expand", "reduce"),
         f'{op}: approximation: expected "expand" or "reduce", got "{approximation}"',
     )
+    way = _way(op, factor, x, geometry, groups, bias, spatial, approximation, check_finite, algorithm)
+    if way != "tiles":
+        kernel, _, before, after, dilation = geometry
+        size = _lag_form.state_size(x.shape[1] // groups, kernel, before, after, dilation, bias)
+        state, form = factor.new_empty(groups, size), (kernel, before, after, dilation, groups, bias)
+        _ops.conv_lags_(state, x, *form, way == "fft", 0.0, 1.0, None)
+        _ops.conv_expand_(factor, state, *form, beta, alpha)
+        return None
     flag = _flag(factor, check_finite)
     _ops.conv_factor_(
         factor,
@@ -237,3 +246,43 @@ def _conv_factor_(
         _allow_tf32(),
     )
     return flag
+
+
+def _way(
+    op: str,
+    factor: Tensor,
+    x: Tensor,
+    geometry: Geometry,
+    groups: int,
+    bias: bool,
+    spatial: str,
+    approximation: str,
+    check_finite: bool | Tensor,
+    algorithm: str,
+) -> str:
+    """``"tiles"``, ``"lags"`` or ``"fft"``."""
+    check(
+        algorithm in ("auto", "tiles", "lags", "fft"),
+        f'{op}: algorithm: expected "auto", "tiles", "lags" or "fft", got "{algorithm}"',
+    )
+    if algorithm == "tiles":
+        return algorithm
+    kernel, stride, before, after, dilation = geometry
+    compressible = len(kernel) < 3 and set(stride) == {1} and (spatial, approximation) == ("full", "expand")
+    # What a refused batch leaves as it is would be the state, which is no factor yet.
+    compressible = compressible and check_finite is False
+    check(
+        compressible or algorithm == "auto",
+        f'{op}: algorithm: expected "tiles" unless one or two dimensions, stride 1, full, expand and without '
+        f'check_finite, got "{algorithm}"',
+    )
+    if not compressible or (algorithm == "auto" and not _conv_cost.runs_on(x)):
+        return "tiles"
+    # In the words of the one op that the user knows, before another sees them.
+    _kronecker_fakes.check_conv("conv_factor_", x, *geometry, groups)
+    columns = x.shape[1] // groups * math.prod(kernel)
+    _kronecker_fakes.check_factor("conv_factor_", factor, x, groups, columns, bias)
+    if algorithm != "auto":
+        return algorithm
+    cost = _conv_cost.of(x, kernel, before, after, dilation, groups, expanded=True)
+    return min(cost, key=cost.__getitem__)

@@ -1,0 +1,84 @@
+"""Which way to the factor of a stride-1 convolution is the fastest on a CPU: tiles, lags or frequencies.
+
+A cost is a number of flops at the rate of the product kernels; a byte of state or factor that is read or written counts
+as a dozen. n samples, c channels of a group rounded up to panels of 32, K offsets, L lags, in each group:
+
+    tiles   n outputs K^2 c^2                                   half of the patch matrix's product
+    lags    n (sum over lags of the pixels that have it) c^2
+    fft     8 n frequencies c (c + 32) / 2, the transforms, the border pixel by pixel as for lags
+
+Transforms run at an eighth of that rate, products of spectra and thin border strips at two thirds of it.
+``benchmarks/bench_conv_lags.py`` measures whether the way chosen is the fastest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mfac_kernels._library import build_info
+from mfac_kernels.ops._lag_form import slots
+
+_FLOPS_PER_BYTE = 12
+_PANEL, _CHUNK = 32, 32  # channels; samples that are transformed at a time
+_SIMT = build_info()["simt"]  # ops on the CPU are then those of the GPU
+
+
+def _smooth(n: int) -> int:
+    """The next product of 2, 3 and 5."""
+    while True:
+        rest = n
+        for p in (2, 3, 5):
+            while rest % p == 0:
+                rest //= p
+        if rest == 1:
+            return n
+        n += 1
+
+
+def runs_on(x: Tensor) -> bool:
+    """Whether all three ways exist where x is."""
+    return x.device.type == "cpu" and not _SIMT
+
+
+def of(
+    x: Tensor,
+    kernel_size: Sequence[int],
+    padding_before: Sequence[int],
+    padding_after: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    *,
+    expanded: bool,
+) -> dict[str, float]:
+    """The cost of each way for a group of x (N, C, spatial...); expanded: compressed forms become factors at once."""
+    samples, channels, image = x.shape[0], x.shape[1] // groups, x.shape[2:]
+    c = -(-channels // _PANEL) * _PANEL
+    offsets, positions, lagged, inner, frequencies = math.prod(kernel_size), 1, 1, 1, 1
+    for axis in zip(image, kernel_size, padding_before, padding_after, dilation, strict=True):
+        size, kernel, before, after, step = axis
+        reach = step * (kernel - 1)
+        positions *= max(0, size + before + after - reach)
+        pixels = [max(0, size - step * abs(lag)) for lag in range(1 - kernel, kernel)]
+        lagged *= sum(pixels)
+        # Every offset's margins cut the border off; what is left is the core.
+        inner *= sum(
+            max(0, p - max(0, reach - step * abs(lag) - before) - max(0, reach - step * abs(lag) - after))
+            for p, lag in zip(pixels, range(1 - kernel, kernel), strict=True)
+        )
+        frequencies *= _smooth(size + reach)
+    factor = offsets**2 * channels**2 * 8 * _FLOPS_PER_BYTE
+    state = slots(kernel_size, padding_before, padding_after, dilation) * channels**2 * 8 * _FLOPS_PER_BYTE
+    chunks = -(-samples // _CHUNK)
+    products = 8 * samples * frequencies / 2 * c * (c + _PANEL) / 2
+    sums = 8 * kernel_size[0] * chunks * frequencies / 2 * c * (c + _PANEL) / 2
+    transforms = 8 * 2.5 * samples * c * frequencies * math.log2(max(2, frequencies))
+    border = samples * (lagged - inner) * c**2
+    compressed = factor if expanded else 0
+    return {
+        "tiles": samples * positions * offsets**2 * c**2 + factor,
+        "lags": samples * lagged * c**2 + state + compressed,
+        "fft": 1.2 * (1.5 * (products + border) + sums + transforms) + 3 * chunks * state + compressed,
+    }
