@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kronecker/lags_direct.h"
+#include "kronecker/lags_expand.h"
 #include "kronecker/lags_spectra.h"
 
 namespace mfac_kernels {
@@ -64,8 +65,26 @@ void conv_lags_(const Tensor& state, const Tensor& x, std::vector<int64_t> kerne
     add_count(static_cast<double>(patches.rows()), beta, alpha, sums.at(group, form.slots(), form.offsets(), 0));
 }
 
+void conv_expand_(const Tensor& factor, const Tensor& state, std::vector<int64_t> kernel_size, std::vector<int64_t> padding_before,
+                  std::vector<int64_t> padding_after, std::vector<int64_t> dilation, int64_t groups, bool bias, double beta, double alpha) {
+  constexpr const char* op = "conv_expand_";
+  check_scales(op, beta, alpha);
+  const LagForm form = check_form(op, kernel_size, padding_before, padding_after, dilation);
+  const LagState sums = check_lags_of_any_size(op, state, form, groups, bias);
+  const Factor out = check_factor(op, factor, dtype_of(op, "state", state), groups, sums.channels * form.offsets(), bias);
+  const Expansion expansion(form, sums, out, beta, alpha);
+  const int64_t offsets = form.offsets(), row_blocks = divide_up(sums.channels, Expansion::kChannels);
+  for_each_task(groups * row_blocks * offsets, [&](int64_t task) {
+    expansion.write_rows(task / offsets / row_blocks, task % offsets, task / offsets % row_blocks * Expansion::kChannels);
+  });
+  for (int64_t group = 0; group < groups; ++group) expansion.write_last_rows(group);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, CPU, m) { m.impl("conv_lags_", TORCH_BOX(&conv_lags_)); }
+STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, CPU, m) {
+  m.impl("conv_lags_", TORCH_BOX(&conv_lags_));
+  m.impl("conv_expand_", TORCH_BOX(&conv_expand_));
+}
 
 }  // namespace mfac_kernels
