@@ -6,7 +6,7 @@
 
 namespace mfac_kernels {
 
-constexpr int kMaxBatches = 30;
+constexpr int kMaxBatches = 29;
 
 template <class Batch>
 struct BatchList {

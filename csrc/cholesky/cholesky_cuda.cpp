@@ -78,7 +78,6 @@ Tensor cholesky(const char* op, CholeskyResult result, const std::vector<Tensor>
     for (size_t i = 0; i < blocks.size(); ++i) {
       const DampedBatch& batch = batches[i];
       if (batch.out.dtype != dtype || batch.blocks.rows == 0) continue;
-      check(batch.blocks.rows <= 128, op, ": blocks[", i, "]: expected n <= 128 on CUDA, got ", batch.blocks.rows);
       for_each_run(out[i], blocks[i], [&](const Run& run) {
         const int64_t first = batch.first + run.flat;
         list.push_back({element(blocks[i], run.first_b), element(out[i], run.first_a), batch.damping + run.flat * batch.damping_stride,
@@ -104,11 +103,36 @@ Tensor cholesky_factor_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks,
   return cholesky("cholesky_factor_", CholeskyResult::factor, out, blocks, damping, only);
 }
 
+void cholesky_solve_cuda(std::vector<Tensor> x, std::vector<Tensor> factors) {
+  constexpr const char* op = "cholesky_solve_";
+  const std::vector<SolveBatch> batches = check_solve_batches(op, x, factors);
+  if (x.empty()) return;
+  const DeviceOf device(op, x[0]);
+  for (size_t i = 0; i < x.size(); ++i) {
+    device.check_same("x", x[i]);
+    device.check_same("factors", factors[i]);
+  }
+  for (const DType dtype : {DType::f32, DType::f64}) {
+    std::vector<DeviceSolve> list;
+    for (size_t i = 0; i < x.size(); ++i) {
+      const Batch& batch = batches[i].x;
+      if (batch.dtype != dtype || batch.rows == 0) continue;
+      for_each_run(x[i], factors[i], [&](const Run& run) {
+        list.push_back({element(factors[i], run.first_b), element(x[i], run.first_a), strides_of(factors[i], run.stride_b),
+                        strides_of(x[i], run.stride_a), run.count, batch.columns, static_cast<int32_t>(batch.rows)});
+      });
+    }
+    std::stable_sort(list.begin(), list.end(), [](const DeviceSolve& a, const DeviceSolve& b) { return a.n > b.n; });
+    device.check_launched(cholesky_solve(dtype, list.data(), static_cast<int64_t>(list.size()), device.stream()));
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, MFAC_DEVICE_KEY, m) {
   m.impl("cholesky_inverse_", TORCH_BOX(&cholesky_inverse_cuda));
   m.impl("cholesky_factor_", TORCH_BOX(&cholesky_factor_cuda));
+  m.impl("cholesky_solve_", TORCH_BOX(&cholesky_solve_cuda));
 }
 
 }  // namespace mfac_kernels

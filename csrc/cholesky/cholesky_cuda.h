@@ -31,4 +31,15 @@ enum class CholeskyResult { inverse, factor };  // the factor L is lower triangu
 int64_t cholesky_work(DType dtype, const DeviceBlocks* batches, int64_t batch_count);
 cudaError_t cholesky_blocks(CholeskyResult, DType dtype, const DeviceBlocks* batches, int64_t batch_count, void* work, cudaStream_t);
 
+// Right-hand sides x (count, n, columns), each overwritten by (L L^T)^-1 x; L (count, n, n) lower triangular, n > 0.
+struct DeviceSolve {
+  const void* factors;
+  void* x;
+  BlockStrides factor_strides, x_strides;
+  int64_t count, columns;
+  int32_t n;
+};
+
+cudaError_t cholesky_solve(DType dtype, const DeviceSolve* batches, int64_t batch_count, cudaStream_t);
+
 }  // namespace mfac_kernels

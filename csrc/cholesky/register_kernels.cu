@@ -24,20 +24,16 @@
 #include <algorithm>
 
 #include "cholesky/batches.cuh"
-#include "cholesky/tile.cuh"
+#include "cholesky/registers.h"
+#include "cholesky/sweep.cuh"
 
 namespace mfac_kernels {
 namespace {
-
-constexpr int kHalf = kTile / 2;  // rows of a step
 
 __host__ __device__ constexpr int tiles_of(int64_t n) { return static_cast<int>((n + kTile - 1) / kTile); }
 // Threads of a block with t x t tiles: one for each in the lower triangle, one for each four columns.
 __host__ __device__ constexpr int team_size(int t) { return t < 3 ? 2 * t : t * (t + 1) / 2; }
 
-// Where four rows lie in shared memory: the two quads of each row of a tile are neighbours, those of the next tile kPitch quads on,
-// so that neighbouring threads meet different banks.
-constexpr int kPitch = kTile + 1;
 constexpr int quads_of(int threads, int first, int last) {
   int most = 0;
   for (int t = first; t <= last; ++t) most = std::max(most, threads / team_size(t) * 2 * kPitch * t);
@@ -52,194 +48,11 @@ struct SizeClass {
   static constexpr int kQuads = quads_of(threads, first, last);  // four rows of each team, twice
 };
 
-// What a thread knows of its team
-template <class S>
-struct Team {
-  int tiles, rank, row, column;  // the thread's tile; row >= tiles: it has none
-  Shared<Quad<S>> rows, panel;   // M[K, :] and P
-};
-
-template <class Size>
-__device__ __forceinline__ void team_barrier() {
-  if constexpr (Size::kThreads == kWarpSize)
-    __syncwarp();
-  else
-    __syncthreads();
-}
-
-__device__ __forceinline__ float reciprocal_root(float x) { return rsqrtf(x); }
-__device__ __forceinline__ double reciprocal_root(double x) { return rsqrt(x); }
-
-// rows <- rows `half` of tile row k of M, the tiles below the diagonal transposed
-template <int half, class S>
-__device__ __forceinline__ void share_rows(const Tile<S>& a, const Team<S>& team, int k) {
-  if (team.row == k) {
-#pragma unroll
-    for (int w = 0; w < kHalf; ++w)
-#pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        Quad<S> quad;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) quad.x[i] = a[half * kHalf + w][g * kHalf + i];
-        team.rows[team.column * kPitch + 2 * w + g] = quad;
-      }
-  } else if (team.column == k && team.row < team.tiles) {
-#pragma unroll
-    for (int w = 0; w < kHalf; ++w)
-#pragma unroll
-      for (int g = 0; g < 2; ++g) {
-        Quad<S> quad;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) quad.x[i] = a[g * kHalf + i][half * kHalf + w];
-        team.rows[team.row * kPitch + 2 * w + g] = quad;
-      }
-  }
-}
-
-// Four columns of P. place: where their first row lies; own: that of the columns K. Returns 0, or 1 + the row of the first pivot that is
-// not positive.
-template <CholeskyResult kResult, class S>
-__device__ __forceinline__ int solve_columns(const Team<S>& team, int place, int own, bool finished) {
-  Quad<S> d[kHalf];  // the upper triangle of D D^T, then that of D^T with reciprocals on its diagonal
-#pragma unroll
-  for (int w = 0; w < kHalf; ++w) d[w] = team.rows[own + 2 * w];
-  int bad = 0;
-#pragma unroll
-  for (int w = 0; w < kHalf; ++w) {
-    if (!(d[w].x[w] > 0) && bad == 0) bad = w + 1;
-    d[w].x[w] = reciprocal_root(d[w].x[w]);
-#pragma unroll
-    for (int i = w + 1; i < kHalf; ++i) d[w].x[i] *= d[w].x[w];
-#pragma unroll
-    for (int v = w + 1; v < kHalf; ++v)
-#pragma unroll
-      for (int i = v; i < kHalf; ++i) d[v].x[i] -= d[w].x[v] * d[w].x[i];
-  }
-  Quad<S> x[kHalf];
-#pragma unroll
-  for (int w = 0; w < kHalf; ++w) {
-    x[w] = team.rows[place + 2 * w];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (kResult == CholeskyResult::inverse && place == own) x[w].x[i] = i == w ? S(1) : S(0);
-      if (finished) x[w].x[i] = 0;
-    }
-  }
-#pragma unroll
-  for (int w = 0; w < kHalf; ++w) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      x[w].x[i] *= d[w].x[w];
-#pragma unroll
-      for (int v = w + 1; v < kHalf; ++v) x[v].x[i] -= d[w].x[v] * x[w].x[i];
-    }
-    team.panel[place + 2 * w] = x[w];
-  }
-  return bad;
-}
-
-// One step: rows `half` of tile row k.
-template <int half, CholeskyResult kResult, class Size, class S>
-__device__ __forceinline__ void eliminate(Tile<S>& a, const Team<S>& team, int k, int32_t& info) {
-  const int t = team.tiles;
-  share_rows<half>(a, team, k);
-  team_barrier<Size>();
-  if (team.rank < 2 * t) {
-    const int tile = team.rank % t, right = team.rank / t;
-    const bool finished = kResult == CholeskyResult::factor && (tile < k || (tile == k && right < half));
-    const int bad = solve_columns<kResult>(team, tile * kPitch + right, k * kPitch + half, finished);
-    if (team.rank == 0 && bad != 0 && info == 0) info = k * kTile + half * kHalf + bad;
-  }
-  team_barrier<Size>();
-  if (team.row >= t) return;
-  if constexpr (kResult == CholeskyResult::inverse) {
-    if (team.row == k) {
-#pragma unroll
-      for (int w = 0; w < kHalf; ++w)
-#pragma unroll
-        for (int c = 0; c < kTile; ++c) a[half * kHalf + w][c] = 0;
-    }
-    if (team.column == k) {
-#pragma unroll
-      for (int r = 0; r < kTile; ++r)
-#pragma unroll
-        for (int w = 0; w < kHalf; ++w) a[r][half * kHalf + w] = 0;
-    }
-  } else if (team.column < k) {
-    return;
-  }
-#pragma unroll
-  for (int w = 0; w < kHalf; ++w) {
-    const Quad<S> left[2] = {team.panel[team.row * kPitch + 2 * w], team.panel[team.row * kPitch + 2 * w + 1]};
-    const Quad<S> right[2] = {team.panel[team.column * kPitch + 2 * w], team.panel[team.column * kPitch + 2 * w + 1]};
-#pragma unroll
-    for (int r = 0; r < kTile; ++r) {
-      const S factor = left[r / 4].x[r % 4];
-#pragma unroll
-      for (int c = 0; c < kTile; ++c) a[r][c] -= factor * right[c / 4].x[c % 4];
-      if (kResult == CholeskyResult::factor && team.column == k) a[r][half * kHalf + w] = factor;
-    }
-  }
-}
-
-// The tile of A + damping I, identity past n; on the diagonal both triangles, from the lower one. Returns whether it is finite.
-template <class S>
-__device__ __forceinline__ bool load_damped(const DeviceBlocks& batch, int64_t b, const Team<S>& team, Tile<S>& a) {
-  const int first_row = team.row * kTile, first_column = team.column * kTile;
-  const int64_t offset = b * batch.in_strides.batch + first_row * batch.in_strides.row + first_column * batch.in_strides.column;
-  for_type_up_to<S>(batch.in_dtype, [&](auto element) {
-    using T = decltype(element);
-    load_tile(static_cast<const T*>(batch.in) + offset, batch.in_strides.row, batch.in_strides.column, batch.n - first_row,
-              batch.n - first_column, a);
-  });
-  if (team.row == team.column) {
-    const S damping = static_cast<S>(batch.damping[b * batch.damping_stride]);
-#pragma unroll
-    for (int r = 0; r < kTile; ++r) {
-      a[r][r] = first_row + r < batch.n ? a[r][r] + damping : S(1);
-#pragma unroll
-      for (int c = r + 1; c < kTile; ++c) a[r][c] = a[c][r];
-    }
-  }
-  S zeros[kTile] = {};
-#pragma unroll
-  for (int r = 0; r < kTile; ++r)
-#pragma unroll
-    for (int c = 0; c < kTile; ++c) zeros[c] += a[r][c] * 0;
-  S zero = 0;
-#pragma unroll
-  for (int c = 0; c < kTile; ++c) zero += zeros[c];
-  return zero == 0;
-}
-
-template <CholeskyResult kResult, class S>
-__device__ __forceinline__ void store_result(const DeviceBlocks& batch, int64_t b, const Team<S>& team, bool failed, Tile<S>& a) {
-#pragma unroll
-  for (int r = 0; r < kTile; ++r)
-#pragma unroll
-    for (int c = 0; c < kTile; ++c) {
-      if (kResult == CholeskyResult::inverse) a[r][c] = -a[r][c];
-      if (kResult == CholeskyResult::factor && team.row == team.column && c > r) a[r][c] = 0;
-      if (failed) a[r][c] = static_cast<S>(NAN);
-    }
-  const BlockStrides& strides = batch.out_strides;
-  S* const out = static_cast<S*>(batch.out) + b * strides.batch;
-  const int row = team.row * kTile, column = team.column * kTile;
-  store_tile<false>(a, out + row * strides.row + column * strides.column, strides.row, strides.column, batch.n - row, batch.n - column);
-  if (row == column) return;
-  if (kResult == CholeskyResult::factor && !failed) {
-#pragma unroll
-    for (int r = 0; r < kTile; ++r)
-#pragma unroll
-      for (int c = 0; c < kTile; ++c) a[r][c] = 0;
-  }
-  store_tile<true>(a, out + column * strides.row + row * strides.column, strides.row, strides.column, batch.n - column, batch.n - row);
-}
-
 template <CholeskyResult kResult, class S, class Size>
 __global__ void __launch_bounds__(Size::kThreads) register_kernel(const BatchList<DeviceBlocks> list) {
   MFAC_SHARED(Quad<S>, quads, Size::kQuads);
   MFAC_SHARED(int32_t, infos, Size::kMaxTeams);
+  constexpr bool kOneWarp = Size::kThreads == kWarpSize;
   const int index = batch_of_block(list);
   const DeviceBlocks& batch = list.batches[index];
   const int t = tiles_of(batch.n), size = team_size(t), teams = Size::kThreads / size;
@@ -253,22 +66,22 @@ __global__ void __launch_bounds__(Size::kThreads) register_kernel(const BatchLis
     return;
   }
 
-  const int row = (static_cast<int>(sqrtf(static_cast<float>(8 * rank + 1))) - 1) / 2;  // row (row + 1) / 2 <= rank
+  const int row = row_of_triangle(rank);
   const Shared<Quad<S>> first = quads + number * 2 * kPitch * t;
   const Team<S> team = {t, rank, row, rank - row * (row + 1) / 2, first, first + kPitch * t};
   int32_t& info = infos[number];
   Tile<S> a = {};
   bool finite = true;
-  if (team.row < t) finite = load_damped(batch, b, team, a);
+  if (team.row < t) finite = load_damped(batch, b, row * kTile, team.column * kTile, a);
   if (rank == 0) info = 0;
-  team_barrier<Size>();
+  team_barrier<kOneWarp>();
   if (!finite) info = -1;
 #pragma unroll 1
   for (int k = 0; k < t; ++k) {
-    eliminate<0, kResult, Size>(a, team, k, info);
-    if (k * kTile + kHalf < batch.n) eliminate<1, kResult, Size>(a, team, k, info);
+    eliminate<0, kResult, kOneWarp>(a, team, k, info);
+    if (k * kTile + kHalf < batch.n) eliminate<1, kResult, kOneWarp>(a, team, k, info);
   }
-  if (team.row < t) store_result<kResult>(batch, b, team, info != 0, a);
+  if (team.row < t) store_result<kResult>(batch, b, row * kTile, team.column * kTile, info != 0, a);
   if (rank == 0) *info_out = info;
 }
 
@@ -310,9 +123,7 @@ cudaError_t launch_result(DType dtype, const DeviceBlocks* batches, int64_t coun
 
 }  // namespace
 
-int64_t cholesky_work(DType, const DeviceBlocks*, int64_t) { return 0; }
-
-cudaError_t cholesky_blocks(CholeskyResult result, DType dtype, const DeviceBlocks* batches, int64_t count, void*, cudaStream_t stream) {
+cudaError_t cholesky_in_registers(CholeskyResult result, DType dtype, const DeviceBlocks* batches, int64_t count, cudaStream_t stream) {
   return result == CholeskyResult::inverse ? launch_result<CholeskyResult::inverse>(dtype, batches, count, stream)
                                            : launch_result<CholeskyResult::factor>(dtype, batches, count, stream);
 }

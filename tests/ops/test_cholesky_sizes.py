@@ -80,6 +80,63 @@ def test_mixed_list_of_every_size(device: str, op: Op, check: Check, dtype: torc
 
 
 @pytest.mark.parametrize(("op", "check"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_large_blocks(device: str, op: Op, check: Check, dtype: torch.dtype) -> None:
+    """By squares of 64 on the device; one fails between two, one is not finite, one is in place, column by column."""
+    blocks = [blocks_of(3, 129, dtype, device), blocks_of(2, 192, dtype, device), blocks_of(1, 259, dtype, device)]
+    blocks[0][1, 125, 125] = -1.0
+    blocks[1][0, 191, 0] = torch.inf
+    blocks.append(blocks_of(1, 150, dtype, device).mT.contiguous().mT)
+    before = [b.clone() for b in blocks]
+    out = [*(torch.empty_like(b) for b in blocks[:3]), blocks[3]]
+    info = op(out, blocks, [one_damping(device)] * 4)
+    assert info.tolist() == [0, 126, 0, -1, 0, 0, 0]
+    assert out[0][1].isnan().all() and out[1][0].isnan().all()
+    for result, block in (
+        (out[0][::2], before[0][::2]),
+        (out[1][1], before[1][1]),
+        (out[2], before[2]),
+        (out[3], before[3]),
+    ):
+        check(result, block)
+
+
+def test_large_blocks_chosen(device: str) -> None:
+    blocks = blocks_of(3, 140, torch.float32, device)
+    out = torch.full_like(blocks, 7.0)
+    only = torch.tensor([0, 1, 0], dtype=torch.int32, device=device)
+    assert (ops.cholesky_inverse_([out], [blocks], [one_damping(device)], only) == 0).all()
+    assert (out[::2] == 7.0).all()
+    assert_inverse(out[1], blocks[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_solve(device: str, dtype: torch.dtype) -> None:
+    """|x - A^-1 b| <= 2 (n + 4) eps cond(L)^2 |A^-1 b|, cond(L)^2 = CONDITION; many sizes and layouts in one call."""
+    factors, x = [], []
+    for n, k in [(0, 3), (1, 1), (7, 2), (8, 33), (30, 5), (64, 70), (65, 1), (100, 40), (140, 3), (12, 0)]:
+        block = damped(blocks_of(2, n, torch.float64, device))
+        factors.append(torch.linalg.cholesky(block).to(dtype))
+        x.append(torch.randn(2, n, k, dtype=dtype, generator=torch.Generator().manual_seed(n)).to(device))
+    factors[3] = factors[3].mT.contiguous().mT + torch.full((8, 8), torch.nan, device=device).triu(1).nan_to_num(
+        5.0
+    ).triu(1)
+    x[4] = x[4].mT.contiguous().mT
+    x[6] = x[6].repeat(1, 1, 3)[..., ::3]
+    x[7], factors[7] = (
+        x[7].expand(3, 2, 100, 40).transpose(0, 1).contiguous().transpose(0, 1),
+        factors[7].expand(3, 2, 100, 100),
+    )
+    given = [b.clone() for b in x]
+    ops.cholesky_solve_(x, factors)
+    for result, b, factor in zip(x, given, factors, strict=True):
+        expected = torch.cholesky_solve(b.double(), factor.double().tril())
+        bound = 2 * (factor.shape[-1] + 4) * torch.finfo(dtype).eps * CONDITION
+        error = (result.double() - expected).norm()
+        assert result.numel() == 0 or error <= bound * expected.norm()
+
+
+@pytest.mark.parametrize(("op", "check"), CASES)
 @pytest.mark.parametrize("n", [5, 16, 31, 64, 70])
 def test_bits_do_not_depend_on_neighbours(device: str, op: Op, check: Check, n: int) -> None:
     blocks = blocks_of(9, n, torch.float32, device)
