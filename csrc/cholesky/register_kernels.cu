@@ -1,26 +1,29 @@
-// Blocks small enough to live in registers: n <= 128. X = (A + damping I)^-1, or its factor L.
+// Blocks small enough to live in registers, n <= 128. X = (A + damping I)^-1, or the factor L of A + damping I = L L^T.
 //
 // The lower triangle of A is cut into tiles of 8 x 8, one for each thread of a team. Steps of four rows K eliminate A from the bordered
-// matrix [A I; I 0], whose Schur complement at the end is -X; what takes over the place of row K is row K of the identity:
+// matrix M = [A I; I 0], whose Schur complement at the end is -X; what takes the place of row K is row K of the identity:
 //
-//   P = D^-1 M[K, :]     M[K, K] = D D^T, and I in its place    a thread each four columns, D in all of them
+//   P = D^-1 M[K, :]     M[K, K] = D D^T, and I in its place     a thread each four columns, D in all of them
 //   M <- M - P^T P       M[K, :] and M[:, K] counted as zero     a thread each tile
 //
-// The factor is found on the way, L[:, K] = P^T, by the same steps without the border. Stable because D^-1 stands on both sides (the
-// complement is Cholesky's own); exactly symmetric because only one half is computed.
+// The factor is found on the way, L[:, K] = P^T, by the same steps without the border. Stable because D^-1 stands on both sides: the
+// complement is Cholesky's own. Exactly symmetric because only one half is computed.
 //
-// Flops: n^3 (n^3 / 3 for the factor). Bytes: n^2 / 2 elements read, n^2 written. Floor on an H200 (132 SMs, 128 multiply-adds a clock,
-// 4.3 TB/s copied) of 4096 blocks of 32, 1024 of 64, 256 of 128 in float32: 7.8 us of memory each, or 5.9 if only the lower triangle is
-// counted; 2.3, 4.5 and 9 us of arithmetic.
-// Estimate, not measured: a step is 256 multiply-adds, 16 loads of 16 bytes from shared memory and about 100 other instructions in a warp,
-// 370 in all, whose chain (a reciprocal root and three dependent operations four times over, two barriers, two trips through shared memory)
-// is 400 clocks long and is hidden by other teams. A scheduler runs 3 warps of n = 32 (3 teams in a warp, 8 steps), 3 warps of n = 64 (2
-// teams in 3 warps, 16 steps) or 3 of n = 128 (5 warps a team, 32 steps): 9, 18 and 36 thousand clocks, 5, 10 and 20 us. With memory half
-// overlapped and 2 us to start: 11, 16 and 27 us.
+// Flops: n^3 (n^3 / 3 for the factor). Bytes: n^2 / 2 elements read, n^2 written. Floor of 4096 blocks of 32, 1024 of 64 or 256 of 128 in
+// float32 on an H200 (132 SMs, 128 multiply-adds a clock, 4.3 TB/s copied): 5.9 us of memory each (7.8 if the upper triangle were read,
+// too); 2.3, 4.5 and 9 us of arithmetic.
+// Estimate, not measured: of a step's 480 instructions 256 are multiply-adds, 16 load P, 110 factor D and solve four columns (in those
+// warps that have columns) and 80 hand rows over and clear them (in those that hold them). Its chain, four reciprocal roots, two barriers
+// and two trips through shared memory, is 400 clocks long and passes while other warps work. The busiest scheduler of an SM has 3 warps:
+// of 3 teams each for n = 32 (8 steps), 2 teams in 3 warps for n = 64 (16 steps), one in 5 for n = 128 (32 steps). At 480, 450 and 350
+// instructions a step that is 12, 22 and 34 thousand clocks, 7, 12 and 19 us; with 2 us to start and 4 us of memory that nothing hides:
+// 13, 18 and 25 us. float64: twice the clocks, and one thread block of n = 128 on an SM where float32 has two.
 //
-// What makes it fast: a thread has 64 multiply-adds for 4 loads, where one thread a row has 4 for 1; half of the matrix is never computed;
-// several teams share a warp or a thread block, so that 30 of 32 lanes work at n = 32; no shared memory but for four rows, and two
-// barriers for each four columns; memory is read and written once, in whole sectors of 32 bytes.
+// What makes it fast: a thread has 64 multiply-adds for 4 loads of 16 bytes, where one row a thread has 4 for 1; half of the matrix is
+// never computed; teams share a warp or a thread block, so that 30 of 32 lanes work at n = 32; shared memory holds four rows, so that it
+// limits nothing; two barriers for four columns; memory is met once each way, in whole sectors of 32 bytes.
+//
+// The limit is the register file: n = 256 would take 528 threads, whose share is 96 registers, 20 too few.
 #include <algorithm>
 
 #include "cholesky/batches.cuh"
