@@ -1,17 +1,16 @@
 // Sums of products of the rows of a patch matrix P (R, D), which is never formed: the factor of a linear layer or a convolution.
 //
 //   C[i, j] = sum_r w[r] P[r, i] P[r, j]      (D, D), its diagonal blocks, or one per group of channels
-//   factor <- beta factor + alpha C
 //
-// Floor: R D^2 float32 multiply-adds in the lower triangle (2 flops each; 60 TFLOP/s on an H200), D^2 floats of the factor read and
-// written, x read once. For a 3 x 3 convolution with 256 channels on 32 images of 14 x 14 (D = 2304, R = 6272) that is 0.56 ms of
-// arithmetic and 10 us of memory: arithmetic is the bound from D = 64 or so. Expected: 60-65 % of it with tiles of 128, 40 % with tiles of
-// 64; of every 9 instructions of the loop 6 are multiply-adds, 2 address a patch and 1 reads shared memory.
+// Floor: R D^2 flops in the lower triangle, multiply-adds in float32 (60 TFLOP/s on an H200) or float64; x read once. For a 3 x 3
+// convolution with 256 channels on 32 images of 14 x 14 (D = 2304, R = 6272) that is 0.56 ms of arithmetic and 2 us of memory: arithmetic
+// is the bound from D = 64 or so. Expected: 60-65 % of it with tiles of 128, 40 % with tiles of 64: of ten instructions of the loop seven
+// are multiply-adds and two address a patch.
 //
 // What makes it fast: im2col is address arithmetic, done while a tile goes to shared memory. Rows and columns of a tile are decoded into
-// tables once per 128 rows and once per tile, so an element costs an addition, three comparisons if the image is padded, and a load that
+// tables, once per 256 rows and once per tile, so an element costs an addition, three comparisons if the image is padded, and a load that
 // neighbouring threads share: along columns if channels are neighbours in memory, else along rows. Loads of the next 8 rows are in flight
-// while this one's 8 x 8 products per thread run. Only tiles of the lower triangle exist. Every 512 rows registers are added to the tile's
+// while these ones' 8 x 8 products per thread run. Only tiles of the lower triangle exist. Every 256 rows registers are added to the tile's
 // sums in the workspace, which keeps the digits of long sums; runs of rows have their own, and are added in order: no atomics.
 #include <type_traits>
 

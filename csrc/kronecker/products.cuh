@@ -58,7 +58,12 @@ struct Products {
   bool chosen;
   uint64_t chosen_offsets[kChoices];
 };
+cudaError_t fma_products(const Products& p, void* sums, cudaStream_t stream);
+cudaError_t tensor_products(const Products& p, void* sums, cudaStream_t stream);
+
 constexpr int kFlagged = 32;  // blocks that look for what is not finite
+
+// What offset_products leaves in its workspace
 struct OffsetSums {
   Cut cut;
   int64_t padded_channels;  // columns are o * padded_channels + c, the bias after the last offset
@@ -70,9 +75,6 @@ struct OffsetSums {
 int64_t offset_workspace(const FactorRows& rows, const Factor& factor);
 cudaError_t offset_products(const FactorRows& rows, const Factor& factor, const uint64_t* chosen, bool flagged, void* workspace,
                             OffsetSums* sums, cudaStream_t stream);
-
-cudaError_t fma_products(const Products& p, void* sums, cudaStream_t stream);
-cudaError_t tensor_products(const Products& p, void* sums, cudaStream_t stream);
 
 struct TileIndex {
   int64_t row, column;
