@@ -257,3 +257,23 @@ MFAC_INLINE void narrow_first(T* p, f64v v, int64_t n) {
   narrow(padded, v);
   __builtin_memcpy(p, padded, n * sizeof(T));
 }
+
+// The first n elements, n at most the size of `to`, as they are; the rest are zero. Without the call that a memcpy of unknown length is.
+template <class T, int size>
+MFAC_INLINE void copy_first(const T* p, int64_t n, T (&to)[size]) {
+#if MFAC_ISA_LEVEL == 2
+  if constexpr (size * sizeof(T) == 64) {
+    if constexpr (sizeof(T) == 4)
+      store(to, bit_cast<f32v>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p)));
+    else
+      store(to, bit_cast<f64v>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p)));
+    return;
+  }
+  if constexpr (size * sizeof(T) == 32 && sizeof(T) == 2) {
+    store(to, _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p));
+    return;
+  }
+#endif
+  __builtin_memset(to, 0, sizeof(to));
+  __builtin_memcpy(to, p, n * sizeof(T));
+}

@@ -157,31 +157,116 @@ bool reduce_sums(void* memory, int64_t count, int64_t size) {
   return result == 0;
 }
 
+// The upper half of a diagonal tile, mirrored.
+template <class S>
+void symmetrise_tile(const S* tile, S* out) {
+  transpose_tile(tile, out);
+  for (int64_t r = 0; r < kTile<S>; ++r) __builtin_memcpy(out + r * (kTile<S> + 1), tile + r * (kTile<S> + 1), (kTile<S> - r) * sizeof(S));
+}
+
+// out[c] = beta out[c] + alpha sums[c]: every entry by the same instructions, so that what is symmetric stays it.
+template <class S>
+void store_row(const S* sums, int64_t n, S beta, S alpha, S* out) {
+  constexpr int64_t lanes = kLanesOf<S>;
+  for (int64_t c = 0; c < n; c += lanes) {
+    const int64_t width = n - c < lanes ? n - c : lanes;
+    Vec<S> v = splat(alpha) * load<Vec<S>>(sums + c);
+    if (beta != 0) v += splat(beta) * (width < lanes ? load_first_as<S>(out + c, width) : load<Vec<S>>(out + c));
+    if (width < lanes)
+      __builtin_memcpy(out + c, &v, width * sizeof(S));
+    else
+      store(out + c, v);
+  }
+}
+
 template <class T>
-void store_sums(const Columns& x, const Columns* y, const void* memory, const Target& target) {
+class SumsWriter {
+ public:
   using S = Compute<T>;
-  const Columns& other = y ? *y : x;
-  int32_t rows[kBlockColumns], columns[kBlockColumns];
-  Packer<T>(x).column_order(rows);
-  Packer<T>(other).column_order(columns);
-  const int64_t x_tiles = factor_tiles<S>(x.count), y_tiles = factor_tiles<S>(other.count);
-  const S beta = static_cast<S>(target.beta), alpha = static_cast<S>(target.alpha), *tile = static_cast<const S*>(memory);
-  S* out = static_cast<S*>(target.data);
-  const auto put = [&](int64_t row, int64_t column, S sum) {
-    S& entry = out[row * target.stride + column];
-    entry = beta == 0 ? alpha * sum : beta * entry + alpha * sum;
-  };
-  for (int64_t i = 0; i < x_tiles; ++i)
-    for (int64_t j = 0; j < y_tiles; ++j, tile += kTileArea<S>) {
-      if (!y && i > j) continue;
-      for (int64_t r = 0; r < kTile<S> && i * kTile<S> + r < x.count; ++r)
-        for (int64_t c = !y && i == j ? r : 0; c < kTile<S> && j * kTile<S> + c < other.count; ++c) {
-          const int64_t row = target.row + rows[i * kTile<S> + r], column = target.column + columns[j * kTile<S> + c];
-          const S sum = tile[r * kTile<S> + c];
-          put(row, column, sum);
-          if (target.mirror && row != column) put(column, row, sum);
-        }
+
+  SumsWriter(const Columns& x, const Columns& y, const S* sums, const Target& target)
+      : beta_(static_cast<S>(target.beta)),
+        alpha_(static_cast<S>(target.alpha)),
+        out_(static_cast<S*>(target.data)),
+        stride_(target.stride) {
+    a_.init(x, target.row);
+    b_.init(y, target.column);
+    sums_ = sums;
+  }
+
+  void write() {  // at (row, column)
+    for (int64_t i = 0; i < a_.tiles; ++i) {
+      for (int64_t j = 0; j < b_.tiles; ++j) strip_[j] = tile(i, j);
+      write_strip(a_, i, b_);
     }
+  }
+  void write_mirrored() {
+    for (int64_t j = 0; j < b_.tiles; ++j) {
+      for (int64_t i = 0; i < a_.tiles; ++i) strip_[i] = transposed(i, j, i);
+      write_strip(b_, j, a_);
+    }
+  }
+  void write_symmetric() {
+    for (int64_t i = 0; i < a_.tiles; ++i) {
+      for (int64_t j = 0; j < a_.tiles; ++j) strip_[j] = j < i ? transposed(j, i, j) : tile(i, j);
+      symmetrise_tile(tile(i, i), copies_ + i * kTileArea<S>);
+      strip_[i] = copies_ + i * kTileArea<S>;
+      write_strip(a_, i, a_);
+    }
+  }
+
+ private:
+  static constexpr int64_t kMost = factor_tiles<S>(kBlockColumns);
+  struct Side {
+    int64_t at, count, tiles;
+    bool in_order;
+    int32_t order[kBlockColumns];
+
+    void init(const Columns& columns, int64_t first) {
+      at = first;
+      count = columns.count;
+      tiles = factor_tiles<S>(count);
+      in_order = columns.patches->offsets() == 1;
+      Packer<T>(columns).column_order(order);
+    }
+  };
+
+  const S* tile(int64_t i, int64_t j) const { return sums_ + (i * b_.tiles + j) * kTileArea<S>; }
+  const S* transposed(int64_t i, int64_t j, int64_t copy) {
+    transpose_tile(tile(i, j), copies_ + copy * kTileArea<S>);
+    return copies_ + copy * kTileArea<S>;
+  }
+
+  // Rows of tile row i: what strip_ holds, brought into the order of the columns.
+  void write_strip(const Side& rows, int64_t i, const Side& columns) {
+    S line[kMost * kTile<S>];
+    for (int64_t r = 0; r < kTile<S> && i * kTile<S> + r < rows.count; ++r) {
+      S* out = out_ + (rows.at + rows.order[i * kTile<S> + r]) * stride_ + columns.at;
+      for (int64_t j = 0; j < columns.tiles; ++j) {
+        const int64_t first = j * kTile<S>, width = columns.count - first < kTile<S> ? columns.count - first : kTile<S>;
+        const S* row = strip_[j] + r * kTile<S>;
+        if (columns.in_order)
+          store_row(row, width, beta_, alpha_, out + first);
+        else
+          for (int64_t c = 0; c < width; ++c) line[columns.order[first + c]] = row[c];
+      }
+      if (!columns.in_order) store_row(line, columns.count, beta_, alpha_, out);
+    }
+  }
+
+  Side a_, b_;
+  const S *sums_, *strip_[kMost];
+  S beta_, alpha_, *out_;
+  int64_t stride_;
+  alignas(64) S copies_[kMost * kTileArea<S>];
+};
+
+template <class T>
+void store_sums(const Columns& x, const Columns* y, const void* sums, const Target& target) {
+  SumsWriter<T> writer(x, y ? *y : x, static_cast<const Compute<T>*>(sums), target);
+  if (!y) return writer.write_symmetric();
+  writer.write();
+  if (target.mirror) writer.write_mirrored();
 }
 
 template <class T>

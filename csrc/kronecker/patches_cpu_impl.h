@@ -44,8 +44,8 @@ MFAC_INLINE Vec<S> load_as(const T* p) {
 }
 template <class S, class T>
 MFAC_INLINE Vec<S> load_first_as(const T* p, int64_t n) {
-  T padded[kLanesOf<S>] = {};
-  __builtin_memcpy(padded, p, n * sizeof(T));
+  T padded[kLanesOf<S>];
+  copy_first(p, n, padded);
   return load_as<S>(padded);
 }
 template <class S>
@@ -58,65 +58,85 @@ MFAC_INLINE float widen_one(fp16 x) {
   return widen32(padded)[0];
 }
 
-// out[p * stride + c] = x[c * channel_step + p * pixel_step]
-template <class S, class T>
-void gather(const T* x, int64_t channel_step, int64_t pixel_step, int64_t channels, int64_t pixels, S* out, int64_t stride) {
+// Where `gather` puts channel c of pixel p: side by side, or in panels.
+template <class S>
+struct SideBySide {
+  S* out;
+  int64_t channels;  // of all that are put there
+  S* at(int64_t p, int64_t c) const { return out + p * channels + c; }
+  SideBySide from(int64_t p) const { return {at(p, 0), channels}; }
+};
+template <class S>
+struct InPanels {
+  S* out;
+  S* at(int64_t p, int64_t c) const { return out + c / kTile<S> * kTile<S> * kDepth + p * kTile<S> + c % kTile<S>; }
+  InPanels from(int64_t p) const { return {at(p, 0)}; }
+};
+
+// `height` channels of `width` pixels, each at most the lanes of a vector
+template <class S, class T, class Place>
+MFAC_INLINE void gather_square(const T* x, int64_t channel_step, int64_t height, int64_t width, const Place& to, int64_t p, int64_t c) {
+  constexpr int64_t n = kLanesOf<S>;
+  Vec<S> v[n];
+  if (height == n && width == n) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) v[i] = load_as<S>(x + i * channel_step);
+  } else {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) v[i] = i < height ? load_first_as<S>(x + i * channel_step, width) : Vec<S>{};
+  }
+  transpose_vectors<Vec<S>, n>(v);
+  if (height == n && width == n) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) store(to.at(p + i, c), v[i]);
+  } else {
+    for (int64_t i = 0; i < width; ++i) __builtin_memcpy(to.at(p + i, c), &v[i], height * sizeof(S));
+  }
+}
+
+// to.at(p, c) = x[c * channel_step + p * pixel_step]
+template <class S, class T, class Place>
+void gather(const T* x, int64_t channel_step, int64_t pixel_step, int64_t channels, int64_t pixels, const Place& to) {
   constexpr int64_t n = kLanesOf<S>;
   if (channel_step == 1) {
-    for (int64_t p = 0; p < pixels; ++p, x += pixel_step, out += stride) {
+    for (int64_t p = 0; p < pixels; ++p, x += pixel_step) {
       int64_t c = 0;
-      for (; c + n <= channels; c += n) store(out + c, load_as<S>(x + c));
+      for (; c + n <= channels; c += n) store(to.at(p, c), load_as<S>(x + c));
       if (c < channels) {
         const Vec<S> rest = load_first_as<S>(x + c, channels - c);
-        __builtin_memcpy(out + c, &rest, (channels - c) * sizeof(S));
+        __builtin_memcpy(to.at(p, c), &rest, (channels - c) * sizeof(S));
       }
     }
   } else if (pixel_step == 1) {
-    for (int64_t c = 0; c < channels; c += n) {
-      const int64_t height = channels - c < n ? channels - c : n;
-      for (int64_t p = 0; p < pixels; p += n) {
-        const int64_t width = pixels - p < n ? pixels - p : n;
-        const T* from = x + c * channel_step + p;
-        S* to = out + p * stride + c;
-        Vec<S> v[n];
-        if (width == n && height == n) {
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < n; ++i) v[i] = load_as<S>(from + i * channel_step);
-        } else {
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < n; ++i) v[i] = i < height ? load_first_as<S>(from + i * channel_step, width) : Vec<S>{};
-        }
-        transpose_vectors<Vec<S>, n>(v);
-        if (width == n && height == n) {
-#pragma GCC unroll 16
-          for (int64_t i = 0; i < n; ++i) store(to + i * stride, v[i]);
-        } else {
-          for (int64_t i = 0; i < width; ++i) __builtin_memcpy(to + i * stride, &v[i], height * sizeof(S));
-        }
+    for (int64_t c = 0; c < channels; c += n)
+      for (int64_t next = 0; next < pixels; next += n) {
+        const int64_t p = next + n <= pixels || pixels < n ? next : pixels - n;  // the last square covers some pixels twice
+        gather_square<S>(x + c * channel_step + p, channel_step, channels - c < n ? channels - c : n, pixels < n ? pixels : n, to, p, c);
       }
-    }
   } else {
     for (int64_t p = 0; p < pixels; ++p)
-      for (int64_t c = 0; c < channels; ++c) out[p * stride + c] = widen_one(x[c * channel_step + p * pixel_step]);
+      for (int64_t c = 0; c < channels; ++c) *to.at(p, c) = widen_one(x[c * channel_step + p * pixel_step]);
   }
 }
 
 // The same for `pixels` of one line of one sample from position x on, `pace` apart; those outside of the input are zero.
-template <class S, class T>
+template <class S, class T, class Place>
 void gather_line(const Patches& patches, int64_t channel, int64_t channels, int64_t sample, int64_t z, int64_t y, int64_t x, int64_t pace,
-                 int64_t pixels, S* out, int64_t stride) {
+                 int64_t pixels, const Place& to) {
   const Axis& axis = patches.axes[2];
   int64_t begin = x < 0 ? (pace - 1 - x) / pace : 0, end = axis.size > x ? (axis.size - x + pace - 1) / pace : 0;
   if (end > pixels) end = pixels;
   if (z < 0 || z >= patches.axes[0].size || y < 0 || y >= patches.axes[1].size || begin >= end) begin = end = pixels;
-  const auto clear = [&](int64_t from, int64_t to) {
-    for (int64_t p = from; p < to; ++p) __builtin_memset(out + p * stride, 0, channels * sizeof(S));
+  const auto clear = [&](int64_t from, int64_t to_end) {
+    for (int64_t p = from; p < to_end; ++p)
+      for (int64_t c = 0; c < channels; c += kTile<S>)
+        __builtin_memset(to.at(p, c), 0, (channels - c < kTile<S> ? channels - c : kTile<S>)*sizeof(S));
   };
   clear(0, begin);
   if (begin < end) {
     const T* pixel = static_cast<const T*>(patches.data) + sample * patches.sample_step + channel * patches.channel_step +
                      z * patches.axes[0].step + y * patches.axes[1].step + (x + begin * pace) * axis.step;
-    gather(pixel, patches.channel_step, axis.step * pace, channels, end - begin, out + begin * stride, stride);
+    gather<S>(pixel, patches.channel_step, axis.step * pace, channels, end - begin, to.from(begin));
   }
   clear(end, pixels);
 }
@@ -151,16 +171,14 @@ class Packer {
       if (rest) __builtin_memset(last, 0, kTile<S> * kDepth * sizeof(S));
       int64_t row = 0;
       for (int64_t s = 0; s < count; row += segments[s++].length)
-        for (int64_t c = 0; c < count_; c += kTile<S>)
-          line(segments[s], 0, 0, channel_ + c, count_ - c < kTile<S> ? count_ - c : kTile<S>, segments[s].length,
-               panels + c * kDepth + row * kTile<S>, kTile<S>);
+        line(segments[s], 0, 0, segments[s].length, InPanels<S>{panels}.from(row));
       return;
     }
     for (int64_t s = 0; s < count; ++s) {
       S* out = staged + s * lines_ * pitch_ * channels_;
       for (int64_t kz = 0; kz < p_.axes[0].kernel; ++kz)
         for (int64_t ky = 0; ky < p_.axes[1].kernel; ++ky, out += pitch_ * channels_)
-          line(segments[s], kz, ky, channel_, channels_, (segments[s].length - 1) * stride_ + reach_, out, channels_);
+          line(segments[s], kz, ky, (segments[s].length - 1) * stride_ + reach_, SideBySide<S>{out, channels_});
     }
     copy_runs(segments, count, staged, panels);
   }
@@ -192,10 +210,11 @@ class Packer {
     int64_t from;
   };
 
-  void line(const Segment& s, int64_t kz, int64_t ky, int64_t channel, int64_t channels, int64_t pixels, S* out, int64_t stride) const {
+  template <class Place>
+  void line(const Segment& s, int64_t kz, int64_t ky, int64_t pixels, const Place& to) const {
     const auto& [az, ay, ax] = p_.axes;
-    gather_line<S, T>(p_, channel, channels, s.sample, s.z * az.stride + kz * az.dilation - az.padding,
-                      s.y * ay.stride + ky * ay.dilation - ay.padding, s.x * ax.stride - ax.padding, pace_, pixels, out, stride);
+    gather_line<S, T>(p_, channel_, channels_, s.sample, s.z * az.stride + kz * az.dilation - az.padding,
+                      s.y * ay.stride + ky * ay.dilation - ay.padding, s.x * ax.stride - ax.padding, pace_, pixels, to);
   }
 
   // A run is copied in whole vectors: what it writes too much belongs to runs and rows that follow.
