@@ -16,8 +16,6 @@ namespace {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 // Columns of a block: whole channels where possible, so that a patch is copied in long runs.
 int64_t block_columns(int64_t columns, int64_t offsets) {
   constexpr int64_t kChannels = 16;
@@ -194,7 +192,10 @@ void update(const FactorUpdate& u) {
 
 }  // namespace
 
-void update_factor(const FactorUpdate& u) { u.factor.dtype == DType::f64 ? update<double>(u) : update<float>(u); }
+void update_factor(const FactorUpdate& u) {
+  if (is_narrow(u)) return update_narrow(u);
+  u.factor.dtype == DType::f64 ? update<double>(u) : update<float>(u);
+}
 
 void cross_products(const Patches& x, const Patches& y, const Weights& weights, void* out) {
   Products products(x.dtype, x.rows(), weights);

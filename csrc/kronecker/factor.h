@@ -4,6 +4,8 @@
 
 namespace mfac_kernels {
 
+inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 // factor <- beta factor + alpha sum over rows of w row row^T
 struct FactorUpdate {
   Patches patches;
@@ -15,6 +17,10 @@ struct FactorUpdate {
   int32_t* refused = nullptr;
 };
 void update_factor(const FactorUpdate&);
+
+// Many groups of a few columns each have kernels of their own.
+bool is_narrow(const FactorUpdate&);
+void update_narrow(const FactorUpdate&);
 
 // out (x.channels, y.channels), contiguous, = sum over rows of w x y^T; 1 x 1 patches
 void cross_products(const Patches& x, const Patches& y, const Weights&, void* out);

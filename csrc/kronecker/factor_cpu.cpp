@@ -14,6 +14,7 @@
 namespace mfac_kernels {
 
 const FactorKernels& factor_kernels(DType dtype) { return MFAC_FOR_ISA(kFactorKernels)[static_cast<int>(dtype)]; }
+const NarrowKernels& narrow_kernels(DType dtype) { return MFAC_FOR_ISA(kNarrowKernels)[static_cast<int>(dtype)]; }
 PatchSums patch_sums(DType dtype) { return MFAC_FOR_ISA(kPatchSums)[static_cast<int>(dtype)]; }
 
 }  // namespace mfac_kernels

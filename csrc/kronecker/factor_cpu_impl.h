@@ -51,6 +51,12 @@ __attribute__((noinline)) void accumulate_tile(const S* a, const S* b, int64_t d
 }
 
 template <class S>
+void load_weights(const Weights& weights, int64_t positions, int64_t first, int64_t rows, S* out) {
+  for (int64_t row = first; row < first + rows; ++row)
+    *out++ = static_cast<const S*>(weights.values)[row / positions * weights.step + row % positions];
+}
+
+template <class S>
 void scale_rows(const S* panels, int64_t count, int64_t depth, const S* weights, S* out) {
   for (int64_t panel = 0; panel < count; ++panel, panels += kTile<S> * kDepth, out += kTile<S> * kDepth)
     for (int64_t k = 0; k < depth; ++k)
@@ -117,10 +123,7 @@ void accumulate_factor(const Columns& x, const Columns* y, const Weights& weight
       const S *left = a, *right = y ? b : a;
       if (weights.values) {
         S row_weights[kDepth];
-        for (int64_t k = 0; k < depth; ++k) {
-          const int64_t row = first + done + k;
-          row_weights[k] = static_cast<const S*>(weights.values)[row / positions * weights.step + row % positions];
-        }
+        load_weights(weights, positions, first + done, depth, row_weights);
         scale_rows(a, x_tiles, depth, row_weights, weighted);
         left = weighted;
       }

@@ -44,6 +44,19 @@ struct FactorKernels {
 };
 const FactorKernels& factor_kernels(DType);
 
+// The same for many groups of few columns at once, as depthwise convolutions have them.
+constexpr int64_t kNarrowColumns = 32;
+struct NarrowKernels {
+  int64_t groups;  // at a time, at most
+  int64_t (*work_bytes)(const Patches& group);
+  // sums (groups, n, n): sum over rows of w row row^T, n = columns of a group, at most kNarrowColumns, in the order of the patch matrix;
+  // float32, or float64 for float64 patches. `group` is the first, the others follow at a distance of group_step elements. column_sums
+  // (groups, n), if not null: sum of w row. work: work_bytes(group), aligned to 64.
+  void (*accumulate)(const Patches& group, int64_t group_step, int64_t groups, const Weights&, int64_t first, int64_t rows, void* sums,
+                     double* column_sums, void* work);
+};
+const NarrowKernels& narrow_kernels(DType);
+
 // sums[sample, c, o] = the sum over positions of column (c, o), for one sample; float32, or float64 for float64 patches.
 using PatchSums = void (*)(const Patches&, int64_t sample, void* sums);
 PatchSums patch_sums(DType);

@@ -4,4 +4,6 @@
 #include "kronecker/patches_cpu_impl.h"
 
 #include "kronecker/factor_cpu_impl.h"
+
+#include "kronecker/narrow_cpu_impl.h"
 #include "kronecker/patch_sums_cpu_impl.h"

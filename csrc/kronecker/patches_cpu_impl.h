@@ -119,27 +119,63 @@ void gather(const T* x, int64_t channel_step, int64_t pixel_step, int64_t channe
   }
 }
 
-// The same for `pixels` of one line of one sample from position x on, `pace` apart; those outside of the input are zero.
+// The same for the pixels that a segment meets in one line of the kernel, `pace` apart; those outside of the input are zero.
 template <class S, class T, class Place>
-void gather_line(const Patches& patches, int64_t channel, int64_t channels, int64_t sample, int64_t z, int64_t y, int64_t x, int64_t pace,
-                 int64_t pixels, const Place& to) {
-  const Axis& axis = patches.axes[2];
-  int64_t begin = x < 0 ? (pace - 1 - x) / pace : 0, end = axis.size > x ? (axis.size - x + pace - 1) / pace : 0;
+void gather_line(const Patches& p, int64_t channel, int64_t channels, const Segment& segment, int64_t line, int64_t pace, int64_t pixels,
+                 const Place& to) {
+  const auto& [az, ay, ax] = p.axes;
+  const int64_t z = segment.z * az.stride + line / ay.kernel * az.dilation - az.padding;
+  const int64_t y = segment.y * ay.stride + line % ay.kernel * ay.dilation - ay.padding;
+  const int64_t x = segment.x * ax.stride - ax.padding;
+  int64_t begin = x < 0 ? (pace - 1 - x) / pace : 0, end = ax.size > x ? (ax.size - x + pace - 1) / pace : 0;
   if (end > pixels) end = pixels;
-  if (z < 0 || z >= patches.axes[0].size || y < 0 || y >= patches.axes[1].size || begin >= end) begin = end = pixels;
+  if (z < 0 || z >= az.size || y < 0 || y >= ay.size || begin >= end) begin = end = pixels;
   const auto clear = [&](int64_t from, int64_t to_end) {
-    for (int64_t p = from; p < to_end; ++p)
+    for (int64_t i = from; i < to_end; ++i)
       for (int64_t c = 0; c < channels; c += kTile<S>)
-        __builtin_memset(to.at(p, c), 0, (channels - c < kTile<S> ? channels - c : kTile<S>)*sizeof(S));
+        __builtin_memset(to.at(i, c), 0, (channels - c < kTile<S> ? channels - c : kTile<S>)*sizeof(S));
   };
   clear(0, begin);
   if (begin < end) {
-    const T* pixel = static_cast<const T*>(patches.data) + sample * patches.sample_step + channel * patches.channel_step +
-                     z * patches.axes[0].step + y * patches.axes[1].step + (x + begin * pace) * axis.step;
-    gather<S>(pixel, patches.channel_step, axis.step * pace, channels, end - begin, to.from(begin));
+    const T* pixel = static_cast<const T*>(p.data) + segment.sample * p.sample_step + channel * p.channel_step + z * az.step + y * ay.step +
+                     (x + begin * pace) * ax.step;
+    gather<S>(pixel, p.channel_step, ax.step * pace, channels, end - begin, to.from(begin));
   }
   clear(end, pixels);
 }
+
+// The pixels that a few segments of rows meet, line by line with the padding around them.
+struct Staging {
+  int64_t pace, stride, reach;         // along the last axis: pixels per staged one, staged ones per output, staged ones of a patch
+  int64_t pitch, lines, segments = 0;  // staged pixels of a line, lines of a segment, segments at most
+
+  explicit Staging(const Patches& p) {
+    const Axis& axis = p.axes[2];
+    pace = axis.kernel == 1 ? axis.stride : 1;
+    stride = axis.kernel == 1 ? 1 : axis.stride;
+    reach = axis.kernel == 1 ? 1 : (axis.kernel - 1) * axis.dilation + 1;
+    const int64_t longest = axis.outputs < kDepth ? axis.outputs : kDepth;
+    pitch = (longest - 1) * stride + reach;
+    lines = p.axes[0].kernel * p.axes[1].kernel;
+    if (longest > 0) segments = (kDepth - 1) / longest + 2 < kDepth ? (kDepth - 1) / longest + 2 : kDepth;
+  }
+  int64_t segment_size() const { return lines * pitch; }  // in pixels
+  int64_t size() const { return segments * segment_size(); }
+
+  // From the first staged pixel of a row to the one at a kernel offset
+  int64_t distance(const Patches& p, int64_t offset) const {
+    const Axis& axis = p.axes[2];
+    return offset / axis.kernel * pitch + offset % axis.kernel * axis.dilation;
+  }
+
+  template <class T, class S>
+  void stage(const Patches& p, int64_t channel, int64_t channels, const Segment* segment, int64_t count, const SideBySide<S>& to) const {
+    for (int64_t s = 0; s < count; ++s)
+      for (int64_t line = 0; line < lines; ++line)
+        gather_line<S, T>(p, channel, channels, segment[s], line, pace, (segment[s].length - 1) * stride + reach,
+                          to.from(s * segment_size() + line * pitch));
+  }
+};
 
 // Packs the columns of one block.
 template <class T>
@@ -147,22 +183,13 @@ class Packer {
  public:
   using S = Compute<T>;
 
-  explicit Packer(const Columns& columns) : p_(*columns.patches), first_(columns.first), count_(columns.count) {
-    const int64_t offsets = p_.offsets();
-    channel_ = first_ / offsets;
-    channels_ = (first_ + count_ + offsets - 1) / offsets - channel_;
-    const Axis& axis = p_.axes[2];
-    pace_ = axis.kernel == 1 ? axis.stride : 1;
-    stride_ = axis.kernel == 1 ? 1 : axis.stride;
-    reach_ = axis.kernel == 1 ? 1 : (axis.kernel - 1) * axis.dilation + 1;
-    const int64_t longest = axis.outputs < kDepth ? axis.outputs : kDepth;
-    pitch_ = (longest - 1) * stride_ + reach_;
-    lines_ = p_.axes[0].kernel * p_.axes[1].kernel;
-    if (longest > 0) segments_ = (kDepth - 1) / longest + 2 < kDepth ? (kDepth - 1) / longest + 2 : kDepth;
+  explicit Packer(const Columns& columns)
+      : p_(*columns.patches), staging_(p_), first_(columns.first), count_(columns.count), channel_(first_ / p_.offsets()) {
+    channels_ = (first_ + count_ + p_.offsets() - 1) / p_.offsets() - channel_;
   }
 
   static constexpr int64_t panels_size(int64_t columns) { return round_up(columns, kTile<S>) * kDepth + kLanesOf<S>; }
-  int64_t staged_size() const { return p_.offsets() == 1 ? 0 : segments_ * lines_ * pitch_ * channels_ + kLanesOf<S>; }
+  int64_t staged_size() const { return p_.offsets() == 1 ? 0 : staging_.size() * channels_ + kLanesOf<S>; }
 
   void pack(const Segment* segments, int64_t count, S* staged, S* panels) const {
     if (p_.offsets() == 1) {
@@ -171,15 +198,10 @@ class Packer {
       if (rest) __builtin_memset(last, 0, kTile<S> * kDepth * sizeof(S));
       int64_t row = 0;
       for (int64_t s = 0; s < count; row += segments[s++].length)
-        line(segments[s], 0, 0, segments[s].length, InPanels<S>{panels}.from(row));
+        gather_line<S, T>(p_, channel_, channels_, segments[s], 0, staging_.pace, segments[s].length, InPanels<S>{panels}.from(row));
       return;
     }
-    for (int64_t s = 0; s < count; ++s) {
-      S* out = staged + s * lines_ * pitch_ * channels_;
-      for (int64_t kz = 0; kz < p_.axes[0].kernel; ++kz)
-        for (int64_t ky = 0; ky < p_.axes[1].kernel; ++ky, out += pitch_ * channels_)
-          line(segments[s], kz, ky, (segments[s].length - 1) * stride_ + reach_, SideBySide<S>{out, channels_});
-    }
+    staging_.template stage<T>(p_, channel_, channels_, segments, count, SideBySide<S>{staged, channels_});
     copy_runs(segments, count, staged, panels);
   }
 
@@ -210,13 +232,6 @@ class Packer {
     int64_t from;
   };
 
-  template <class Place>
-  void line(const Segment& s, int64_t kz, int64_t ky, int64_t pixels, const Place& to) const {
-    const auto& [az, ay, ax] = p_.axes;
-    gather_line<S, T>(p_, channel_, channels_, s.sample, s.z * az.stride + kz * az.dilation - az.padding,
-                      s.y * ay.stride + ky * ay.dilation - ay.padding, s.x * ax.stride - ax.padding, pace_, pixels, to);
-  }
-
   // A run is copied in whole vectors: what it writes too much belongs to runs and rows that follow.
   void copy_runs(const Segment* segments, int64_t count, const S* staged, S* panels) const {
     Run runs[kTile<S> + 1];
@@ -226,8 +241,7 @@ class Packer {
       filled = 0;
     };
     for_each_run([&](int64_t at, int64_t n, int64_t channel, int64_t offset) {
-      const int64_t kx = offset % p_.axes[2].kernel, line = offset / p_.axes[2].kernel;
-      int64_t from = (line * pitch_ + kx * p_.axes[2].dilation) * channels_ + channel;
+      int64_t from = staging_.distance(p_, offset) * channels_ + channel;
       while (n > 0) {
         const int64_t to = at % kTile<S>, length = n < kTile<S> - to ? n : kTile<S> - to;
         if (filled > 0 && runs[filled - 1].from + runs[filled - 1].length == from)
@@ -245,8 +259,8 @@ class Packer {
   void copy_panel(const Segment* segments, int64_t count, const S* staged, const Run* runs, int64_t filled, S* out) const {
     const int64_t used = runs[filled - 1].to + runs[filled - 1].length;
     for (int64_t s = 0; s < count; ++s) {
-      const S* from = staged + s * lines_ * pitch_ * channels_;
-      for (int64_t i = 0; i < segments[s].length; ++i, from += stride_ * channels_, out += kTile<S>) {
+      const S* from = staged + s * staging_.segment_size() * channels_;
+      for (int64_t i = 0; i < segments[s].length; ++i, from += staging_.stride * channels_, out += kTile<S>) {
         for (int64_t r = 0; r < filled; ++r)
           for (int64_t v = 0; v < runs[r].length; v += kLanesOf<S>) store(out + runs[r].to + v, load<Vec<S>>(from + runs[r].from + v));
         for (int64_t v = used; v < kTile<S>; v += kLanesOf<S>) store(out + v, Vec<S>{});
@@ -255,8 +269,7 @@ class Packer {
   }
 
   const Patches& p_;
+  Staging staging_;
   int64_t first_, count_;
-  int64_t channel_, channels_;            // that the columns belong to
-  int64_t pace_, stride_, reach_;         // along the last axis: pixels per staged one, staged ones per output, staged ones of a patch
-  int64_t pitch_, lines_, segments_ = 0;  // staged pixels of a line, lines of a segment, segments at most
+  int64_t channel_, channels_;  // that the columns belong to
 };
