@@ -58,7 +58,7 @@ void load_weights(const Weights& weights, int64_t positions, int64_t first, int6
 
 template <class S>
 void scale_rows(const S* panels, int64_t count, int64_t depth, const S* weights, S* out) {
-  for (int64_t panel = 0; panel < count; ++panel, panels += kTile<S> * kDepth, out += kTile<S> * kDepth)
+  for (int64_t panel = 0; panel < count; ++panel, panels += kPanel<S>, out += kPanel<S>)
     for (int64_t k = 0; k < depth; ++k)
       for (int64_t v = 0; v < kTile<S>; v += kLanesOf<S>)
         store(out + k * kTile<S> + v, load<Vec<S>>(panels + k * kTile<S> + v) * splat(weights[k]));
@@ -66,7 +66,7 @@ void scale_rows(const S* panels, int64_t count, int64_t depth, const S* weights,
 
 template <class S>
 void add_columns(const S* panels, int64_t count, int64_t depth, double* sums) {
-  for (int64_t panel = 0; panel < count; ++panel, panels += kTile<S> * kDepth, sums += kTile<S>) {
+  for (int64_t panel = 0; panel < count; ++panel, panels += kPanel<S>, sums += kTile<S>) {
     Vec<S> sum[2] = {};
     for (int64_t k = 0; k < depth; ++k)
       for (int v = 0; v < 2; ++v) sum[v] += load<Vec<S>>(panels + k * kTile<S> + v * kLanesOf<S>);
@@ -131,7 +131,7 @@ void accumulate_factor(const Columns& x, const Columns* y, const Weights& weight
       for (int64_t j = 0; j < y_tiles; ++j)
         for (int64_t i = 0; i < x_tiles && (y || i <= j); ++i) {
           const int64_t height = x.count - i * kTile<S>, width = other.count - j * kTile<S>;
-          accumulate_tile(left + i * kTile<S> * kDepth, right + j * kTile<S> * kDepth, depth, height < kTile<S> ? height : kTile<S>,
+          accumulate_tile(left + i * kPanel<S>, right + j * kPanel<S>, depth, height < kTile<S> ? height : kTile<S>,
                           width < kTile<S> ? width : kTile<S>, !y && i == j, sums + (i * y_tiles + j) * kTileArea<S>);
         }
     }

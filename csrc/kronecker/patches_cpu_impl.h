@@ -7,6 +7,9 @@
 // Floor: columns x rows elements written. A block of b columns meets b others, so that packing costs some 2 / b of the multiplications.
 
 constexpr int64_t kDepth = 128;  // rows at a time: a panel takes 16 KiB, half of L1
+// From panel to panel: a cache line more than they hold, so that a row's pieces do not fall into one set of the cache.
+template <class S>
+constexpr int64_t kPanel = kTile<S> * kDepth + 64 / sizeof(S);
 
 // `length` rows from output (z, y, x) of one sample, along the last axis.
 struct Segment {
@@ -69,7 +72,7 @@ struct SideBySide {
 template <class S>
 struct InPanels {
   S* out;
-  S* at(int64_t p, int64_t c) const { return out + c / kTile<S> * kTile<S> * kDepth + p * kTile<S> + c % kTile<S>; }
+  S* at(int64_t p, int64_t c) const { return out + c / kTile<S> * kPanel<S> + p * kTile<S> + c % kTile<S>; }
   InPanels from(int64_t p) const { return {at(p, 0)}; }
 };
 
@@ -188,13 +191,13 @@ class Packer {
     channels_ = (first_ + count_ + p_.offsets() - 1) / p_.offsets() - channel_;
   }
 
-  static constexpr int64_t panels_size(int64_t columns) { return round_up(columns, kTile<S>) * kDepth + kLanesOf<S>; }
+  static constexpr int64_t panels_size(int64_t columns) { return (columns + kTile<S> - 1) / kTile<S> * kPanel<S>; }
   int64_t staged_size() const { return p_.offsets() == 1 ? 0 : staging_.size() * channels_ + kLanesOf<S>; }
 
   void pack(const Segment* segments, int64_t count, S* staged, S* panels) const {
     if (p_.offsets() == 1) {
       const int64_t rest = count_ % kTile<S>;
-      S* last = panels + count_ / kTile<S> * kTile<S> * kDepth;
+      S* last = panels + count_ / kTile<S> * kPanel<S>;
       if (rest) __builtin_memset(last, 0, kTile<S> * kDepth * sizeof(S));
       int64_t row = 0;
       for (int64_t s = 0; s < count; row += segments[s++].length)
@@ -237,7 +240,7 @@ class Packer {
     Run runs[kTile<S> + 1];
     int64_t filled = 0, panel = 0;
     const auto flush = [&] {
-      copy_panel(segments, count, staged, runs, filled, panels + panel++ * kTile<S> * kDepth);
+      copy_panel(segments, count, staged, runs, filled, panels + panel++ * kPanel<S>);
       filled = 0;
     };
     for_each_run([&](int64_t at, int64_t n, int64_t channel, int64_t offset) {
