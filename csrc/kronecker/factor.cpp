@@ -39,8 +39,12 @@ struct Pair {
 
 class Products {
  public:
-  Products(DType dtype, int64_t rows, const Weights& weights)
-      : kernels_(factor_kernels(dtype)), item_(dtype == DType::f64 ? 8 : 4), rows_(rows), weights_(weights) {}
+  Products(DType dtype, int64_t rows, const Weights& weights, bool squares_first)
+      : kernels_(factor_kernels(dtype)),
+        item_(dtype == DType::f64 ? 8 : 4),
+        rows_(rows),
+        weights_(weights),
+        squares_first_(squares_first) {}
 
   void add(Pair pair) {
     pair.sums = kernels_.sums_size(pair.a.count, pair.b.count);
@@ -49,15 +53,15 @@ class Products {
     pairs_.push_back(pair);
   }
 
-  // Sums what decides whether the batch is finite, which it returns: everything, or the diagonal blocks if rows are not cut.
+  // Sums everything if rows are cut, else the diagonal blocks if these come first. Returns whether what it summed is finite: so is the
+  // batch if its squares are.
   bool prepare() {
     cut_rows();
     for_each(count() * segments_, [&](int64_t task) {
       const Pair& pair = pairs_[task / segments_];
       const int64_t segment = task % segments_, first = rows_ * segment / segments_, end = rows_ * (segment + 1) / segments_;
       if (!stored(pair)) return;
-      double* columns = pair.column_sums == kNoColumnSums ? nullptr : column_sums_.data() + segment * columns_ + pair.column_sums;
-      accumulate(pair, first, end - first, sums_of(pair) + segment * pair.sums * item_, columns, scratch(work_bytes(pair)));
+      accumulate(pair, segment, first, end - first, sums_of(pair) + segment * pair.sums * item_, scratch(work_bytes(pair)));
     });
     std::atomic<bool> finite{true};
     for_each(count(), [&](int64_t p) {
@@ -73,7 +77,7 @@ class Products {
       char* sums = sums_of(pair);
       if (!stored(pair)) {
         sums = static_cast<char*>(scratch(work_bytes(pair) + pair.sums * item_));
-        accumulate(pair, 0, rows_, sums, nullptr, sums + pair.sums * item_);
+        accumulate(pair, 0, 0, rows_, sums, sums + pair.sums * item_);
       }
       kernels_.store(pair.a, pair.other(), sums, pair.target);
     });
@@ -83,12 +87,12 @@ class Products {
 
  private:
   int64_t count() const { return static_cast<int64_t>(pairs_.size()); }
-  bool stored(const Pair& pair) const { return segments_ > 1 || pair.diagonal; }
+  bool stored(const Pair& pair) const { return segments_ > 1 || (squares_first_ && pair.diagonal); }
   char* sums_of(const Pair& pair) const { return sums_.get() + pair.first_sum * item_; }
   int64_t work_bytes(const Pair& pair) const { return kernels_.work_bytes(pair.a, pair.b); }
 
   void cut_rows() {
-    constexpr int64_t kEnough = 64, kMinRows = 1024, kRowsPerColumn = 8;  // partial sums are small beside the rows that they sum
+    constexpr int64_t kEnough = 64, kMinRows = 1024, kRowsPerColumn = 16;  // partial sums are small beside the rows that they sum
     int64_t least = kMinRows, size = 0;
     for (const Pair& pair : pairs_) least = std::max({least, kRowsPerColumn * pair.a.count, kRowsPerColumn * pair.b.count});
     while (2 * segments_ * count() <= kEnough && 2 * segments_ * least <= rows_) segments_ *= 2;
@@ -100,8 +104,9 @@ class Products {
     column_sums_.resize(segments_ * columns_);
   }
 
-  void accumulate(const Pair& pair, int64_t first, int64_t rows, void* sums, double* column_sums, void* work) const {
-    kernels_.accumulate(pair.a, pair.other(), weights_, first, rows, sums, column_sums, work);
+  void accumulate(const Pair& pair, int64_t segment, int64_t first, int64_t rows, void* sums, void* work) {
+    double* columns = pair.column_sums == kNoColumnSums ? nullptr : column_sums_.data() + segment * columns_ + pair.column_sums;
+    kernels_.accumulate(pair.a, pair.other(), weights_, first, rows, sums, columns, work);
   }
 
   template <class Body>
@@ -116,6 +121,7 @@ class Products {
   const FactorKernels& kernels_;
   int64_t item_, rows_, work_ = 0, segments_ = 1, columns_ = 0;
   Weights weights_;
+  bool squares_first_;
   std::vector<Pair> pairs_;
   std::unique_ptr<char[]> sums_;     // of stored pairs: (segments, sums) each
   std::vector<double> column_sums_;  // (segments, columns)
@@ -164,7 +170,7 @@ void update(const FactorUpdate& u) {
         {static_cast<S*>(f.data) + b * f.size * f.size, group, first, used, bias ? group * channels * offsets : kNoColumnSums});
   }
 
-  Products products(u.patches.dtype, u.patches.rows(), u.weights);
+  Products products(u.patches.dtype, u.patches.rows(), u.weights, u.refused != nullptr);
   for (const Block& block : blocks) {
     const bool bias = block.column_sums != kNoColumnSums;
     const int64_t columns = block.used - bias, width = block_columns(columns, offsets);
@@ -198,7 +204,7 @@ void update_factor(const FactorUpdate& u) {
 }
 
 void cross_products(const Patches& x, const Patches& y, const Weights& weights, void* out) {
-  Products products(x.dtype, x.rows(), weights);
+  Products products(x.dtype, x.rows(), weights, false);
   const int64_t height = block_columns(x.channels, 1), width = block_columns(y.channels, 1);
   for (int64_t i = 0; i < x.channels; i += height)
     for (int64_t j = 0; j < y.channels; j += width)
