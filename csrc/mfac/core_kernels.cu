@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 1) insert_kernel(double* gram, doubl
   back_substitute(factor, ring.slots, ring.filled, coefficients, scratch);
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads)
     solve_kernel(double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, double* all) {
   MFAC_CORE_SCRATCH(scratch);
   const Ring ring = ring_of(m, state[0], shift, per_gradient);
