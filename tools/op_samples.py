@@ -172,7 +172,7 @@ def _(inputs: Inputs) -> Iterator[Arguments]:
 
 
 def batches(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    return [inputs.spd(*shape, dtype=dtype) for shape in ((40, 16), (3, 5, 33), (2, 150))]
+    return [inputs.spd(*shape, dtype=dtype) for shape in ((40, 16), (3, 5, 33), (2, 100))]
 
 
 @samples_of("cholesky_inverse_")
