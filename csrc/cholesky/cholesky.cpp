@@ -1,5 +1,5 @@
 // Glue of the ops on symmetric positive definite blocks: checks, and the blocks of all batches dealt to threads, the costliest first.
-// A block is computed by one thread, so results are the same bit for bit whatever the number of threads.
+// Every sum is one thread's, in an order that depends on sizes alone: results are the same bit for bit whatever the number of threads.
 #include "cholesky/cholesky.h"
 
 #include <torch/csrc/stable/library.h>
@@ -42,6 +42,10 @@ std::vector<Task> tasks_of(size_t lists, const Count& count, const Cost& cost) {
   return tasks;
 }
 
+void all_threads(int64_t count, void (*body)(int64_t i, const void* context), const void* context) {
+  for_each_task(count, [&](int64_t i) { body(i, context); });
+}
+
 double cube(int64_t n) { return static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(n); }
 
 // The blocks of all batches that have one size and one type of result
@@ -81,9 +85,12 @@ int64_t group_size(const SizeClass& of) {
 // A group of fewer blocks than this is faster one by one than interleaved.
 int64_t fewest_interleaved(int64_t n, int64_t lanes) { return n <= 16 ? 1 : n <= 32 ? lanes * 3 / 8 : lanes * 5 / 8; }
 
+// Large blocks, and those that are few, are computed one after the other, each by all threads.
+bool by_all_threads(const SizeClass& of) { return of.n >= 2048 || (of.n >= 512 && of.count < 8); }
+
 struct Kernel {
   int64_t (*work)(int64_t n);
-  void (*run)(const Job&, int64_t n, void* work);
+  void (*run)(const Job&, int64_t n, void* work, Team);
   void (*run_lanes)(const Job*, int64_t n, void* work);
 };
 
@@ -97,19 +104,13 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
   auto* codes = static_cast<int32_t*>(info.mutable_data_ptr());
   const auto* chosen = only ? static_cast<const int32_t*>(only->const_data_ptr()) : nullptr;
   const std::vector<SizeClass> classes = size_classes(batches);
-  // Items are groups of blocks, as many as there are lanes.
-  const auto tasks = tasks_of(
-      classes.size(), [&](size_t i) { return (classes[i].count + group_size(classes[i]) - 1) / group_size(classes[i]); },
-      [&](size_t i) { return cube(classes[i].n) * static_cast<double>(group_size(classes[i])); });
-  for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
-    const SizeClass& of = classes[tasks[t].list];
+  const auto run = [&](const SizeClass& of, int64_t begin, int64_t end, Team team) {  // groups [begin, end) of a class
     const CholeskyKernels& kernels = cholesky_kernels(of.dtype);
     const Kernel kernel = choose(kernels);
-    const int64_t lanes = group_size(of);
-    const int64_t end = std::min(of.count, tasks[t].end * lanes);
-    auto [batch, b] = of.find(tasks[t].begin * lanes);
-    for (int64_t first = tasks[t].begin * lanes; first < end; first += lanes) {
-      const int64_t group = std::min(lanes, end - first);
+    const int64_t lanes = group_size(of), last = std::min(of.count, end * lanes);
+    auto [batch, b] = of.find(begin * lanes);
+    for (int64_t first = begin * lanes; first < last; first += lanes) {
+      const int64_t group = std::min(lanes, last - first);
       Job jobs[kMaxLanes];
       int64_t count = 0;
       for (int64_t i = 0; i < group; ++i, ++b) {
@@ -124,10 +125,17 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
         std::fill(jobs + count, jobs + kMaxLanes, jobs[0]);
         kernel.run_lanes(jobs, of.n, scratch(kernels.lanes_work(of.n)));
       } else {
-        for (int64_t i = 0; i < count; ++i) kernel.run(jobs[i], of.n, scratch(kernel.work(of.n)));
+        for (int64_t i = 0; i < count; ++i) kernel.run(jobs[i], of.n, scratch(kernel.work(of.n)), team);
       }
     }
-  });
+  };
+  for (const SizeClass& of : classes)
+    if (by_all_threads(of)) run(of, 0, of.count, all_threads);
+  const auto tasks = tasks_of(
+      classes.size(),
+      [&](size_t i) { return by_all_threads(classes[i]) ? 0 : (classes[i].count + group_size(classes[i]) - 1) / group_size(classes[i]); },
+      [&](size_t i) { return cube(classes[i].n) * static_cast<double>(group_size(classes[i])); });
+  for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) { run(classes[tasks[t].list], tasks[t].begin, tasks[t].end, nullptr); });
   return info;
 }
 
@@ -142,19 +150,26 @@ Tensor cholesky_factor_(std::vector<Tensor> out, std::vector<Tensor> blocks, std
 }
 
 void cholesky_solve_(std::vector<Tensor> x, std::vector<Tensor> factors) {
+  constexpr int64_t kColumns = 256;  // of right-hand sides in a task: what packing the factor is worth
   const std::vector<SolveBatch> batches = check_solve_batches("cholesky_solve_", x, factors);
+  const auto pieces = [&](size_t i) { return (batches[i].x.columns + kColumns - 1) / kColumns; };
   const auto tasks = tasks_of(
-      batches.size(), [&](size_t i) { return batches[i].x.count; },
+      batches.size(), [&](size_t i) { return batches[i].x.count * pieces(i); },
       [&](size_t i) {
-        return 2 * cube(batches[i].x.rows) / static_cast<double>(std::max<int64_t>(1, batches[i].x.rows)) *
-               static_cast<double>(batches[i].x.columns);
+        const double n = static_cast<double>(batches[i].x.rows);
+        return 2 * n * n * static_cast<double>(std::min(kColumns, batches[i].x.columns));
       });
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
-    const Task& task = tasks[t];
-    const SolveBatch& batch = batches[task.list];
+    const SolveBatch& batch = batches[tasks[t].list];
+    const int64_t n = batch.x.rows, split = pieces(tasks[t].list);
     const CholeskyKernels& kernels = cholesky_kernels(batch.x.dtype);
-    for (int64_t b = task.begin; b < task.end; ++b)
-      kernels.solve(matrix(batch.factors, b), batch.x.rows, matrix(batch.x, b), batch.x.columns, scratch(kernels.solve_work(batch.x.rows)));
+    for (int64_t i = tasks[t].begin; i < tasks[t].end; ++i) {
+      const int64_t first = i % split * kColumns;
+      Matrix columns = matrix(batch.x, i / split);
+      columns.data = static_cast<char*>(columns.data) + first * columns.column_stride * batch.x.item;
+      kernels.solve(matrix(batch.factors, i / split), n, columns, std::min(kColumns, batch.x.columns - first),
+                    scratch(kernels.solve_work(n)));
+    }
   });
 }
 

@@ -20,6 +20,9 @@ struct Job {
   int32_t* info;  // set to 0; or the order of the leading minor that is not positive; or -1: the block or its damping is not finite
 };
 
+// Calls body(i, context) for all i < count, on several threads. A kernel that is given none stays on its own.
+using Team = void (*)(int64_t count, void (*body)(int64_t i, const void* context), const void* context);
+
 // The interleaved kernels serve n up to kInterleaved.
 constexpr int64_t kInterleaved = 128, kMaxLanes = 16;
 
@@ -29,11 +32,11 @@ struct CholeskyKernels {
 
   // out = (block + damping I)^-1, both triangles, exactly symmetric
   int64_t (*inverse_work)(int64_t n);
-  void (*inverse)(const Job&, int64_t n, void* work);
+  void (*inverse)(const Job&, int64_t n, void* work, Team);
 
   // out = L of L L^T = block + damping I; zero above the diagonal
   int64_t (*factor_work)(int64_t n);
-  void (*factor)(const Job&, int64_t n, void* work);
+  void (*factor)(const Job&, int64_t n, void* work, Team);
 
   // The same for `lanes` blocks at once; where there are fewer, jobs may be repeated.
   int64_t (*lanes_work)(int64_t n);

@@ -23,24 +23,33 @@ __attribute__((noinline)) void store_tile(const S* tile, const Matrix& x, int64_
   for (int64_t r = 0; r < height; ++r) store_row(tile + r * kTile<S>, width, x.column_stride, to + r * x.row_stride);
 }
 
+// body(0) ... body(count - 1) by a team of threads, or by this one
+template <class Body>
+void for_each(Team team, int64_t count, const Body& body) {
+  if (team)
+    team(count, [](int64_t i, const void* f) { (*static_cast<const Body*>(f))(i); }, &body);
+  else
+    for (int64_t i = 0; i < count; ++i) body(i);
+}
+
 // The tiles of block + damping I (spd_inverse_cpu_impl.h), from its lower triangle, row after row. Returns whether all is finite.
 template <class S>
-bool load_spd_tiles(const Job& job, int64_t n, S* tiles, S* work) {
+bool load_spd_tiles(const Job& job, int64_t n, S* tiles, Team team) {
   constexpr int64_t T = kTile<S>;
   const Matrix& block = job.block;
-  with_type<S>(block, [&](const auto* data) {
-    for (int64_t r = 0; r < n; ++r)
-      for (int64_t j = 0; j <= r / T; ++j)
-        load_row(data + r * block.row_stride + j * T * block.column_stride, block.column_stride, n - j * T < T ? n - j * T : T, T,
-                 tile_at(tiles, r / T, j) + r % T * T);
+  for_each(team, tiles_of<S>(n), [&](int64_t i) {
+    const int64_t height = n - i * T < T ? n - i * T : T;
+    with_type<S>(block, [&](const auto* data) {
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t j = 0; j <= i; ++j)
+          load_row(data + (i * T + r) * block.row_stride + j * T * block.column_stride, block.column_stride, j < i ? T : height, T,
+                   tile_at(tiles, i, j) + r * T);
+    });
+    for (int64_t j = 0; j <= i; ++j) __builtin_memset(tile_at(tiles, i, j) + height * T, 0, (T - height) * T * sizeof(S));
+    alignas(64) S transposed[kTileArea<S>];
+    transpose_tile(tile_at(tiles, i, i), transposed);
+    mirror_upper(transposed, tile_at(tiles, i, i));
   });
-  for (int64_t i = 0; i < tiles_of<S>(n); ++i) {
-    if (n < (i + 1) * T)
-      for (int64_t j = 0; j <= i; ++j) __builtin_memset(tile_at(tiles, i, j) + (n - i * T) * T, 0, ((i + 1) * T - n) * T * sizeof(S));
-    S* diagonal = tile_at(tiles, i, i);
-    transpose_tile(diagonal, work);
-    mirror_upper(work, diagonal);
-  }
   return spd_prepare(tiles, n, static_cast<S>(job.damping));
 }
 
@@ -52,24 +61,30 @@ int64_t inverse_work(int64_t n) {
 }
 
 template <class S>
-void inverse(const Job& job, int64_t n, void* work) {
+void inverse(const Job& job, int64_t n, void* work, Team team) {
   S *tiles = static_cast<S*>(work), *rest = tiles + spd_tiles_size<S>(n);
   const Matrix& out = job.out;
-  const int64_t info = load_spd_tiles(job, n, tiles, rest) ? spd_eliminate(tiles, n, rest) : -1;
+  const auto each = [&](int64_t count, const auto& body) { for_each(team, count, body); };
+  const int64_t info = load_spd_tiles(job, n, tiles, team) ? spd_eliminate(tiles, n, rest, each) : -1;
   *job.info = static_cast<int32_t>(info);
   if (info != 0) return fill_nan<S>(out, n);
-  if (out.column_stride == 1) return spd_store_negated(tiles, n, static_cast<S*>(out.data), out.row_stride, rest);
-  for (int64_t i = 0; i < tiles_of<S>(n); ++i)
+  // The result is symmetric: columns next to each other serve as rows.
+  const Matrix rows = out.column_stride == 1 ? out : Matrix{out.data, out.dtype, out.column_stride, out.row_stride};
+  for_each(team, tiles_of<S>(n), [&](int64_t i) {
+    constexpr int64_t T = kTile<S>;
+    if (rows.column_stride == 1) return spd_store_negated_band(tiles, n, i, static_cast<S*>(rows.data), rows.row_stride);
     for (int64_t j = 0; j <= i; ++j) {
+      alignas(64) S transposed[kTileArea<S>];
       S* tile = tile_at(tiles, i, j);
       for (int64_t v = 0; v < kTileArea<S>; v += kLanesOf<S>) store(tile + v, -load<Vec<S>>(tile + v));
-      transpose_tile(tile, rest);
+      transpose_tile(tile, transposed);
       if (i == j)
-        mirror_upper(tile, rest);
+        mirror_upper(tile, transposed);
       else
-        store_tile(tile, out, n, n, i * kTile<S>, j * kTile<S>);
-      store_tile(rest, out, n, n, j * kTile<S>, i * kTile<S>);
+        store_tile(tile, out, n, n, i * T, j * T);
+      store_tile(transposed, out, n, n, j * T, i * T);
     }
+  });
 }
 
 // ---- the factor -----------------------------------------------------------------------------------------------------------------
@@ -86,7 +101,7 @@ int64_t factor_work(int64_t n) {
 }
 
 template <class S>
-void factor(const Job& job, int64_t n, void* work) {
+void factor(const Job& job, int64_t n, void* work, Team team) {
   constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
   S *tiles = static_cast<S*>(work), *panels = tiles + spd_tiles_size<S>(n), *row = panels + spd_tiles_size<S>(n);
   S *inverse = row + kArea, *upper = inverse + kArea;
@@ -95,7 +110,7 @@ void factor(const Job& job, int64_t n, void* work) {
     *job.info = static_cast<int32_t>(info);
     fill_nan<S>(out, n);
   };
-  if (!load_spd_tiles(job, n, tiles, row)) return failed(-1);
+  if (!load_spd_tiles(job, n, tiles, team)) return failed(-1);
   for (int64_t k = 0; k < tiles_of<S>(n); ++k) {
     const S* above = column_panel(panels, k);
     S* diagonal = column_panel(panels, k) + k * kArea;
@@ -108,19 +123,24 @@ void factor(const Job& job, int64_t n, void* work) {
     multiply_triangle(upper, diagonal, row);
     for (int64_t r = 0; r < T; ++r)
       for (int64_t c = 0; c < T; ++c) diagonal[r * T + c] = c >= r ? row[r * T + c] : S(0);
-    for (int64_t j = k + 1; j < tiles_of<S>(n); ++j) {
-      S* panel = column_panel(panels, j);
-      transpose_tile(tile_at(tiles, j, k), row);
-      multiply_tile(above, panel, k * T, S(-1), row, row, Part::full);
-      multiply_triangle(upper, row, panel + k * kArea);
-    }
+    for_each(team, tiles_of<S>(n) - k - 1, [&](int64_t right) {
+      alignas(64) S rest[kArea];
+      S* panel = column_panel(panels, k + 1 + right);
+      transpose_tile(tile_at(tiles, k + 1 + right, k), rest);
+      multiply_tile(above, panel, k * T, S(-1), rest, rest, Part::full);
+      multiply_triangle(upper, rest, panel + k * kArea);
+    });
   }
-  __builtin_memset(tiles, 0, kArea * sizeof(S));
-  for (int64_t i = 0; i < tiles_of<S>(n); ++i)
+  for_each(team, tiles_of<S>(n), [&](int64_t i) {
+    alignas(64) S tile[kArea];
     for (int64_t j = 0; j < tiles_of<S>(n); ++j) {
-      if (j <= i) transpose_tile(column_panel(panels, i) + j * kArea, row);
-      store_tile(j <= i ? row : tiles, out, n, n, i * T, j * T);
+      if (j <= i)
+        transpose_tile(column_panel(panels, i) + j * kArea, tile);
+      else if (j == i + 1)
+        __builtin_memset(tile, 0, sizeof(tile));
+      store_tile(tile, out, n, n, i * T, j * T);
     }
+  });
   *job.info = 0;
 }
 

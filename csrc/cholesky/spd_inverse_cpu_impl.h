@@ -22,6 +22,13 @@ template <class S>
 MFAC_INLINE S* tile_at(S* tiles, int64_t i, int64_t j) {
   return tiles + (i * (i + 1) / 2 + j) * kTileArea<S>;
 }
+// What the columns of a step share: of each of its rows s, U = L^T left of the diagonal, L^-1 of the diagonal tile, and its transpose.
+template <class S>
+struct alignas(64) SpdStep {
+  S left[kMaxSteps * (kMaxSteps - 1) / 2 * kTileArea<S>], inverse[kMaxSteps][kTileArea<S>], upper[kMaxSteps][kTileArea<S>];
+  S* left_of(int64_t s) { return left + s * (s - 1) / 2 * kTileArea<S>; }
+};
+
 // Elements of the tiles, and of the workspace of spd_eliminate.
 template <class S>
 constexpr int64_t spd_tiles_size(int64_t n) {
@@ -29,7 +36,7 @@ constexpr int64_t spd_tiles_size(int64_t n) {
 }
 template <class S>
 constexpr int64_t spd_work_size(int64_t n) {
-  return (tiles_of<S>(n) * kMaxSteps + 3) * kTileArea<S>;
+  return tiles_of<S>(n) * kMaxSteps * kTileArea<S> + static_cast<int64_t>(sizeof(SpdStep<S>) / sizeof(S));
 }
 
 // inverse = L^-1 (lower) of a diagonal tile A = L L^T, of which the upper half is read. Returns 0, or 1 + the row of the first pivot
@@ -101,50 +108,98 @@ bool spd_prepare(S* tiles, int64_t n, S damping) {
   return sum == 0;
 }
 
-// Tiles <- those of -A^-1. Returns 0, or the order of the leading minor that is not positive.
+// Tile rows [k, k + steps) are eliminated together. P is kept as panels, a column of tiles of it each.
 template <class S>
-int64_t spd_eliminate(S* tiles, int64_t n, S* work) {
-  constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
-  const int64_t count = tiles_of<S>(n);
-  const int64_t max_steps = count < 4 ? 1 : count < 16 ? 2 : kMaxSteps;
-  S *upper = work, *raw = work + kArea, *row = work + 2 * kArea, *panels = work + 3 * kArea;
-  const S* zero = nullptr;
-  for (int64_t k = 0, steps; k < count; k += steps) {
-    steps = count - k < max_steps ? count - k : max_steps;
-    const int64_t end = k + steps;
-    const auto panel = [&](int64_t j) { return panels + j * steps * kArea; };
-    for (int64_t s = 0; s < steps; ++s) {
-      // Row r of the complement: the updates of this step's earlier rows have not reached it yet.
-      const int64_t r = k + s;
-      multiply_tile(panel(r), panel(r), s * T, S(-1), tile_at(tiles, r, r), row, Part::upper);
-      if (const int64_t bad = factor_tile(row, raw)) return r * T + bad;
-      transpose_tile(raw, upper);
-      for (int64_t j = 0; j < count; ++j) {
-        if (j == r) continue;
-        const S* base = zero;
-        if (j < k) base = tile_at(tiles, r, j);
-        if (j > r) {
-          transpose_tile(tile_at(tiles, j, r), row);
-          base = row;
-        }
-        if (s > 0) {
-          multiply_tile(panel(r), panel(j), s * T, S(-1), base, row, Part::full);
-          base = row;
-        }
-        multiply_triangle(upper, base, panel(j) + s * kArea);
+struct Elimination {
+  static constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
+  S *tiles, *panels;
+  SpdStep<S>& step;
+  int64_t count, k, steps;
+
+  Elimination(S* all_tiles, int64_t n, S* work)
+      : tiles(all_tiles),
+        panels(work),
+        step(*reinterpret_cast<SpdStep<S>*>(work + tiles_of<S>(n) * kMaxSteps * kArea)),
+        count(tiles_of<S>(n)) {
+    begin(0);
+  }
+  void begin(int64_t first) {
+    const int64_t most = count < 4 ? 1 : count < 16 ? 2 : kMaxSteps;
+    k = first;
+    steps = count - k < most ? count - k : most;
+  }
+  S* panel(int64_t j) const { return panels + j * steps * kArea; }
+
+  // Rows [from, to) of panel j: P = L^-1 (base - U^T P), where the updates of this step's earlier rows have not reached the base yet.
+  void compute_rows(int64_t j, int64_t from, int64_t to) const {
+    alignas(64) S row[kArea];
+    for (int64_t s = from; s < to; ++s) {
+      const S* base = nullptr;
+      if (j < k) base = tile_at(tiles, k + s, j);
+      if (j > k + s) {
+        transpose_tile(tile_at(tiles, j, k + s), row);
+        base = row;
       }
-      __builtin_memset(panel(r), 0, s * kArea * sizeof(S));
-      __builtin_memcpy(panel(r) + s * kArea, raw, kArea * sizeof(S));
+      if (s > 0) {
+        multiply_tile(step.left_of(s), panel(j), s * T, S(-1), base, row, Part::full);
+        base = row;
+      }
+      multiply_triangle(step.upper[s], base, panel(j) + s * kArea);
     }
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t j = 0; j <= i; ++j) {
-        S* tile = tile_at(tiles, i, j);
-        const bool eliminated = (i >= k && i < end) || (j >= k && j < end);
-        const int64_t zeros = i >= k && i < end ? (i - k) * T : kNoZeros;  // P is triangular there
-        multiply_tile(panel(i), panel(j), steps * T, S(-1), eliminated ? zero : tile, tile, i == j ? Part::upper : Part::full, zeros);
-      }
+  }
+
+  // Factors the tiles on the diagonal. Returns 0, or the order of the leading minor that is not positive.
+  int64_t factor() const {
+    alignas(64) S diagonal[kArea];
+    for (int64_t s = 0; s < steps; ++s) {
+      const int64_t r = k + s;
+      compute_rows(r, 0, s);
+      __builtin_memcpy(step.left_of(s), panel(r), s * kArea * sizeof(S));
+      multiply_tile(panel(r), panel(r), s * T, S(-1), tile_at(tiles, r, r), diagonal, Part::upper);
+      if (const int64_t bad = factor_tile(diagonal, step.inverse[s])) return r * T + bad;
+      transpose_tile(step.inverse[s], step.upper[s]);
+    }
+    return 0;
+  }
+
+  // Panel j, any order
+  void compute_panel(int64_t j) const {
+    const int64_t s = j - k;
+    if (s < 0 || s >= steps) return compute_rows(j, 0, steps);
+    __builtin_memset(panel(j), 0, s * kArea * sizeof(S));
+    __builtin_memcpy(panel(j) + s * kArea, step.inverse[s], kArea * sizeof(S));
+    compute_rows(j, s + 1, steps);
+  }
+
+  // Tile row i of M <- M - P^T P, any order
+  void update(int64_t i) const {
+    const bool own = i >= k && i < k + steps;
+    for (int64_t j = 0; j <= i; ++j) {
+      S* tile = tile_at(tiles, i, j);
+      const S* base = own || (j >= k && j < k + steps) ? nullptr : tile;
+      const int64_t zeros = own ? (i - k) * T : kNoZeros;  // P is triangular there
+      multiply_tile(panel(i), panel(j), steps * T, S(-1), base, tile, i == j ? Part::upper : Part::full, zeros);
+    }
+  }
+};
+
+// Tiles <- those of -A^-1. Returns 0, or the order of the leading minor that is not positive. for_each(count, body) calls body(0) ...
+// body(count - 1) in any order, or at once.
+template <class S, class ForEach>
+int64_t spd_eliminate(S* tiles, int64_t n, S* work, const ForEach& for_each) {
+  Elimination<S> m(tiles, n, work);
+  for (; m.k < m.count; m.begin(m.k + m.steps)) {
+    if (const int64_t bad = m.factor()) return bad;
+    for_each(m.count, [&](int64_t j) { m.compute_panel(j); });
+    for_each(m.count, [&](int64_t i) { m.update(m.count - 1 - i); });  // the longest row first
   }
   return 0;
+}
+template <class S>
+int64_t spd_eliminate(S* tiles, int64_t n, S* work) {
+  return spd_eliminate(tiles, n, work, [](int64_t count, const auto& body) {
+    for (int64_t i = 0; i < count; ++i) body(i);
+  });
 }
 
 // Where out holds a tile's transpose: puts back the tile's upper half.
@@ -159,22 +214,28 @@ MFAC_INLINE void mirror_upper(const S* tile, S* out) {
     }
 }
 
-// out (n, n) = -tiles, both triangles, a band of tiles at a time: whole rows of out are written one after the other. work: as
-// spd_eliminate's.
+// Rows [i T, (i + 1) T) of out (n, n) = -tiles, both triangles, written in long runs.
 template <class S>
-void spd_store_negated(const S* tiles, int64_t n, S* out, int64_t stride, S* work) {
-  constexpr int64_t T = kTile<S>;
-  const int64_t count = tiles_of<S>(n);
-  for (int64_t i = 0; i < count; ++i) {
-    const S* band = tile_at(const_cast<S*>(tiles), i, 0);
-    for (int64_t j = i; j < count; ++j) transpose_tile(tile_at(const_cast<S*>(tiles), j, i), work + j * kTileArea<S>);
-    mirror_upper(band + i * kTileArea<S>, work + i * kTileArea<S>);
-    for (int64_t r = 0; r < T && i * T + r < n; ++r) {
-      S* row = out + (i * T + r) * stride;
-      for (int64_t j = 0; j < count; ++j) {
-        const S* from = (j < i ? band : work) + j * kTileArea<S> + r * T;
-        for (int64_t v = 0; v < T; v += kLanesOf<S>) store_upto(row + j * T + v, -load<Vec<S>>(from + v), n - j * T - v);
-      }
+void spd_store_negated_band(const S* tiles, int64_t n, int64_t i, S* out, int64_t stride) {
+  constexpr int64_t T = kTile<S>, kRun = 4;
+  alignas(64) S above[kRun * kTileArea<S>];  // tiles of the upper triangle
+  const auto tile = [&](int64_t r, int64_t c) { return tile_at(const_cast<S*>(tiles), r, c); };
+  const int64_t height = n - i * T < T ? n - i * T : T;
+  for (int64_t first = 0; first < tiles_of<S>(n); first += kRun) {
+    const int64_t end = first + kRun < tiles_of<S>(n) ? first + kRun : tiles_of<S>(n);
+    for (int64_t j = first < i ? i : first; j < end; ++j) {
+      transpose_tile(tile(j, i), above + (j - first) * kTileArea<S>);
+      if (i == j) mirror_upper(tile(i, i), above + (j - first) * kTileArea<S>);
     }
+    for (int64_t r = 0; r < height; ++r)
+      for (int64_t j = first; j < end; ++j) {
+        const S* from = (j < i ? tile(i, j) : above + (j - first) * kTileArea<S>)+r * T;
+        for (int64_t v = 0; v < T; v += kLanesOf<S>)
+          store_upto(out + (i * T + r) * stride + j * T + v, -load<Vec<S>>(from + v), n - j * T - v);
+      }
   }
+}
+template <class S>
+void spd_store_negated(const S* tiles, int64_t n, S* out, int64_t stride) {
+  for (int64_t i = 0; i < tiles_of<S>(n); ++i) spd_store_negated_band(tiles, n, i, out, stride);
 }

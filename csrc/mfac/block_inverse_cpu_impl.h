@@ -35,7 +35,7 @@ int32_t block_inverse(const void* block, int64_t stride, int64_t m, int64_t n, i
   }
   int64_t info = spd_prepare(tiles, n, static_cast<S>(damping)) ? spd_eliminate(tiles, n, panels) : -1;
   if (info == 0) {
-    spd_store_negated(tiles, n, x, out_stride, panels);
+    spd_store_negated(tiles, n, x, out_stride);
   } else {
     const S nan = static_cast<S>(__builtin_nan(""));
     for (int64_t i = 0; i < n; ++i)
