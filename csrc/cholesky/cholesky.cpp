@@ -29,7 +29,7 @@ struct Task {
 // Lists of `count(i)` items of `cost(i)` flops each in tasks that are worth their dispatch, the costliest first.
 template <class Count, class Cost>
 std::vector<Task> tasks_of(size_t lists, const Count& count, const Cost& cost) {
-  constexpr double kBundle = 4e6;
+  constexpr double kBundle = 1e6;
   std::vector<Task> tasks;
   for (size_t i = 0; i < lists; ++i) {
     const int64_t run = std::max<int64_t>(1, static_cast<int64_t>(kBundle / (1 + cost(i))));

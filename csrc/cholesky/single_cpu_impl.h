@@ -151,6 +151,32 @@ int64_t solve_work(int64_t n) {
   return (2 * spd_tiles_size<S>(n) + tiles_of<S>(n) * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
 }
 
+// x <- L^-1 x, tiles, given L^T; or L^-T x, given L. On the diagonal of either stand the reciprocals of L's.
+template <bool transposed, class S>
+__attribute__((noinline)) void substitute(const S* triangle, S* x) {
+  constexpr int64_t T = kTile<S>, R = kTileRows;
+  for (int64_t step = 0; step < T; step += R) {
+    const int64_t first = transposed ? T - R - step : step, solved = transposed ? first + R : 0;
+    Vec<S> sum[R][2] = {}, row[R][2];
+    multiply_rows(triangle + solved * T + first, T, x + solved * T, step, sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const int r = transposed ? R - 1 - i : i;
+      const S* factors = triangle + (first + r) * T + first;
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        S* at = x + (first + r) * T + v * kLanesOf<S>;
+        row[r][v] = (load<Vec<S>>(at) - sum[r][v]) * splat(factors[r]);
+        store(at, row[r][v]);
+      }
+#pragma GCC unroll 8
+      for (int q = transposed ? 0 : r + 1; q < (transposed ? r : R); ++q)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) sum[q][v] += splat(factors[q]) * row[r][v];
+    }
+  }
+}
+
 template <class S>
 void solve(const Matrix& factor, int64_t n, const Matrix& x, int64_t columns, void* work) {
   constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
@@ -163,32 +189,20 @@ void solve(const Matrix& factor, int64_t n, const Matrix& x, int64_t columns, vo
       S* tile = lower_panel(j) + (i - j) * kArea;
       load_tile(factor, n, n, i * T, j * T, tile);
       if (i == j)
-        for (int64_t r = n - i * T; r < T; ++r) tile[r * (T + 1)] = 1;
+        for (int64_t r = 0; r < T; ++r) tile[r * (T + 1)] = i * T + r < n ? 1 / tile[r * (T + 1)] : 1;
       transpose_tile(tile, column_panel(panels, i) + j * kArea);
     }
-  const auto row = [&](S* tile, int64_t r, int64_t c) { return load<Vec<S>>(tile + r * T + c * kLanesOf<S>); };
   for (int64_t first = 0; first < columns; first += T) {
     for (int64_t i = 0; i < count; ++i) {
       S *tile = solution + i * kArea, *u = column_panel(panels, i);
       load_tile(x, n, columns, i * T, first, tile);
       multiply_tile(u, solution, i * T, S(-1), tile, tile, Part::full);
-      u += i * kArea;
-      for (int64_t r = 0; r < T; ++r)
-        for (int64_t c = 0; c < 2; ++c) {
-          Vec<S> sum = row(tile, r, c);
-          for (int64_t k = 0; k < r; ++k) sum -= splat(u[k * T + r]) * row(tile, k, c);
-          store(tile + r * T + c * kLanesOf<S>, sum / splat(u[r * T + r]));
-        }
+      substitute<false>(u + i * kArea, tile);
     }
     for (int64_t i = count - 1; i >= 0; --i) {
       S *tile = solution + i * kArea, *l = lower_panel(i);
       multiply_tile(l + kArea, tile + kArea, (count - 1 - i) * T, S(-1), tile, tile, Part::full);
-      for (int64_t r = T - 1; r >= 0; --r)
-        for (int64_t c = 0; c < 2; ++c) {
-          Vec<S> sum = row(tile, r, c);
-          for (int64_t k = r + 1; k < T; ++k) sum -= splat(l[k * T + r]) * row(tile, k, c);
-          store(tile + r * T + c * kLanesOf<S>, sum / splat(l[r * T + r]));
-        }
+      substitute<true>(l, tile);
       store_tile(tile, x, n, columns, i * T, first);
     }
   }
