@@ -77,13 +77,13 @@ std::vector<SizeClass> size_classes(const std::vector<DampedBatch>& batches) {
   return classes;
 }
 
-// How many of a class's blocks are computed at once. A group of large ones is worth it only where all threads get groups.
+// How many of a class's blocks are computed at once: all of them alike, so that equal blocks have equal inverses, bit for bit. Few are
+// faster one by one, and large ones are worth a group only where all threads get groups.
 int64_t group_size(const SizeClass& of) {
   const int64_t lanes = cholesky_kernels(of.dtype).lanes;
-  return of.n <= 64 || (of.n <= kInterleaved && of.count >= 8 * lanes) ? lanes : 1;
+  const int64_t fewest = of.n <= 16 ? 1 : of.n <= 32 ? lanes * 3 / 8 : of.n <= 64 ? lanes * 5 / 8 : 8 * lanes;
+  return of.n <= kInterleaved && of.count >= fewest ? lanes : 1;
 }
-// A group of fewer blocks than this is faster one by one than interleaved.
-int64_t fewest_interleaved(int64_t n, int64_t lanes) { return n <= 16 ? 1 : n <= 32 ? lanes * 3 / 8 : lanes * 5 / 8; }
 
 // Large blocks, and those that are few, are computed one after the other, each by all threads.
 bool by_all_threads(const SizeClass& of) { return of.n >= 2048 || (of.n >= 512 && of.count < 8); }
@@ -120,8 +120,8 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
         if (!chosen || chosen[from.first + b])
           jobs[count++] = {matrix(from.blocks, b), matrix(from.out, b), from.damping[b * from.damping_stride], &codes[from.first + b]};
       }
-      if (lanes > 1 && group >= fewest_interleaved(of.n, lanes)) {
-        if (count == 0) continue;
+      if (count == 0) continue;
+      if (lanes > 1) {
         std::fill(jobs + count, jobs + kMaxLanes, jobs[0]);
         kernel.run_lanes(jobs, of.n, scratch(kernels.lanes_work(of.n)));
       } else {
