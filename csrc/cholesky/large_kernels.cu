@@ -6,10 +6,10 @@
 //   update    M <- M - P^T P, M[K, :] and M[:, K] counted as zero; of a factor L[:, K] = P^T         a thread a tile of 8 x 8
 //   finish    -M, or L, and its mirror image
 //
-// Flops: n^3 (n^3 / 3 for the factor), all but n^2 64 of them in update, which reads and writes n^2 / 2 elements a step: 16 multiply-adds
-// a byte in float32, where an H200 does 4. So arithmetic is the bound: n = 4096 takes 1.1 ms at best. Estimate, not measured: update runs
-// at half of that, panel takes 15 us of latency, 64 steps of 2 launches: 3 to 4 ms; n = 256 to 512: 100 to 200 us for a batch that fills
-// the device no more than once, of which most is latency.
+// Flops: n^3 (n^3 / 3 for the factor), all but 64 n^2 of them in update, which reads and writes n^2 / 2 elements a step: 8 multiply-adds a
+// byte in float32, where an H200 does 7 from memory, and L2 holds the half of M that is used up to n = 4096 or so. Floor there: 1.2 ms of
+// arithmetic. Estimate, not measured: update runs at half of that rate, panel takes 15 us of latency, 64 steps of 2 launches: 3 to 4 ms;
+// n = 256 to 512: 100 to 200 us for a batch that fills the device no more than once, of which most is latency.
 //
 // One launch a step serves all batches. Nothing is left to a library: cuSOLVER's factorisation and inversion of a batch go block by block,
 // torch's check of the inverse synchronises with the host, and torch's products follow the process's choice of TF32.
