@@ -115,3 +115,17 @@ def test_step_with_rare_inversions(race, spatial, group_size):
     step()
     groups = f", groups of {group_size}" if group_size else ""
     race("K-FAC step, inverses every 50", f"vgg, {spatial}{groups}", step, {"SGD": lambda: backward(net, x, y)})
+
+
+@pytest.mark.parametrize(("spatial", "group_size"), [("full", None), ("full", 32), ("sua", None), ("sua", 32)])
+def test_inversion_at_real_size(race, spatial, group_size):
+    """VGG-11 whole: factors of up to 4608, 512 or 32 rows. The ratio is a plain step over the inversion."""
+    torch.manual_seed(0)
+    net = vgg11(3, 10)
+    x, y = torch.randn(100, 3, 32, 32), torch.randint(0, 10, (100,))
+    p = mk.KFAC(net, DAMPING, normalization="skip", skip_layers=norms(net), spatial=spatial, group_size=group_size)
+    backward(net, x, y)
+    p.step()
+    groups = f", groups of {group_size}" if group_size else ""
+    race("K-FAC inversion", f"VGG-11, {spatial}{groups}", p.fisher.refresh, {"SGD step": lambda: backward(net, x, y)})
+    p.remove_hooks()
