@@ -74,12 +74,20 @@ class Run:
     parts: dict[str, float]  # shares of the run's time
 
 
-def run(config: OptimizerConfig, data: datasets.Dataset, width: int, steps: int, seed: int, clock: Clock) -> Run:
+def run(
+    config: OptimizerConfig,
+    data: datasets.Dataset,
+    width: int,
+    steps: int,
+    seed: int,
+    clock: Clock,
+    evaluations: int = 10,
+) -> Run:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = vgg11(data.train_images.shape[1], len(data.classes), width)
     clock.reset()
-    result = train(model, data, config, steps=steps, batch_size=BATCH, seed=seed, evaluations=10)
+    result = train(model, data, config, steps=steps, batch_size=BATCH, seed=seed, evaluations=evaluations)
     total = math.fsum(result.step_seconds)
     spent = dict(clock.seconds)
     spent["apply"] = spent.pop("step") - spent["inversion"]
@@ -100,7 +108,7 @@ def search(
         settings = [{**s, name: value} for s in settings for value in values]
     losses = []
     for setting in settings:
-        loss = run(replace(config, **setting), data, width, steps, 0, clock).result.final_loss
+        loss = run(replace(config, **setting), data, width, steps, 0, clock, 0).result.final_loss
         losses.append({**setting, "loss": loss})
         print(f"  {losses[-1]}", flush=True)
     best = min(losses, key=lambda s: s["loss"] if math.isfinite(s["loss"]) else math.inf)
