@@ -14,9 +14,15 @@ def damped(blocks: Tensor, damping: float | Tensor = 0.0) -> Tensor:
 
 
 def inverse(blocks: Tensor, damping: float | Tensor = 0.0) -> Tensor:
-    """(A + damping I)^-1 -> (..., n, n)."""
-    result: Tensor = torch.linalg.inv(damped(blocks, damping))
-    return result
+    """(A + damping I)^-1 -> (..., n, n).
+
+    Matrix by matrix: after ``torch.set_num_threads`` the LU factors of a batch with n >= 256 are wrong in torch 2.13
+        with MKL.
+    """
+    matrices = damped(blocks, damping)
+    n = matrices.shape[-1]
+    inverses = [torch.linalg.inv(matrix) for matrix in matrices.reshape(-1, n, n)] if matrices.numel() else []
+    return torch.stack(inverses).view_as(matrices) if inverses else matrices
 
 
 def factor(blocks: Tensor, damping: float | Tensor = 0.0) -> Tensor:

@@ -2,88 +2,48 @@
 
 from __future__ import annotations
 
-import socket
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
-from torch import Tensor, nn
 
-import mfac_kernels as mk
-
-STEPS = 4
-
-
-def build() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)
-    ).double()
+RANK = Path(__file__).with_name("kfac_rank.py")
+_spec = importlib.util.spec_from_file_location("kfac_rank", RANK)
+assert _spec is not None and _spec.loader is not None
+kfac_rank = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(kfac_rank)
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(8, 2, 5, 5, generator=generator).double(), torch.randint(0, 3, (8,), generator=generator)
-
-
-def train(model: nn.Module, p: mk.KFAC, rank: int, ranks: int, bad_at: int | None = None) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    for step in range(STEPS):
-        x, y = (part.chunk(ranks)[rank] for part in batch(step))
-        if step == bad_at and rank == 0:
-            x = x * float("nan")
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        p.step()
-        if step != bad_at:
-            optimizer.step()
-
-
-def options(style: str) -> dict[str, object]:
-    return {"damping": 0.03, "inv_update_steps": 2, "damping_style": style, "kl_clip": 1e-2}
-
-
-def worker(rank: int, port: int, style: str, bad_at: int | None, results: mp.Queue) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def run_two(folder: Path, style: str, bad_at: int = -1) -> list[dict[str, Any]]:
+    outs = [folder / f"rank{rank}.pt" for rank in range(2)]
+    ranks = [
+        subprocess.Popen([sys.executable, RANK, str(rank), "2", folder / "rendezvous", style, str(bad_at), out])
+        for rank, out in enumerate(outs)
+    ]
     try:
-        torch.set_num_threads(1)
-        model = nn.parallel.DistributedDataParallel(build())
-        p = mk.KFAC(model, **options(style))
-        train(model, p, rank, 2, bad_at)
-        results.put((rank, [q.detach().numpy() for q in model.parameters()], p.fisher.seen, p.fisher.skipped))
+        assert [rank.wait(120) for rank in ranks] == [0, 0]
     finally:
-        dist.destroy_process_group()
-
-
-def run_two(style: str, bad_at: int | None = None) -> list[tuple[int, list[Tensor], int, int]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.Queue()
-    processes = [context.Process(target=worker, args=(rank, port, style, bad_at, results)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    got = [results.get(timeout=120) for _ in processes]
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    return [(rank, [torch.from_numpy(w) for w in weights], seen, skipped) for rank, weights, seen, skipped in got]
+        for rank in ranks:
+            rank.kill()
+    return [torch.load(out) for out in outs]
 
 
 @pytest.mark.parametrize("style", ["factored", "exact"])
-def test_two_processes_equal_one_on_the_joint_batch(style):
-    alone = build()
-    train(alone, mk.KFAC(alone, **options(style)), 0, 1)
-    for _, weights, seen, skipped in run_two(style):
-        assert (seen, skipped) == (STEPS, 0)
-        for got, want in zip(weights, alone.parameters(), strict=True):
+def test_two_processes_equal_one_on_the_joint_batch(style, tmp_path):
+    alone = kfac_rank.build()
+    kfac_rank.train(alone, style, 0, 1)
+    for rank in run_two(tmp_path, style):
+        assert (rank["seen"], rank["skipped"]) == (kfac_rank.STEPS, 0)
+        for got, want in zip(rank["weights"], alone.parameters(), strict=True):
             torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-11)
 
 
-def test_a_batch_that_one_rank_refuses_all_refuse():
-    first, second = run_two("factored", bad_at=1)
-    for a, b in zip(first[1], second[1], strict=True):
+def test_a_batch_that_one_rank_refuses_all_refuse(tmp_path):
+    first, second = run_two(tmp_path, "factored", bad_at=1)
+    for a, b in zip(first["weights"], second["weights"], strict=True):
         assert torch.equal(a, b)
-    assert first[2:] == second[2:] == (STEPS - 1, 1)
+    assert all((rank["seen"], rank["skipped"]) == (kfac_rank.STEPS - 1, 1) for rank in (first, second))
