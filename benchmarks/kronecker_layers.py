@@ -1,10 +1,10 @@
-"""Input factors of every layer of ResNet-20, ResNet-50 and a transformer: time, memory, roofline.
+"""Input factors of every layer of ResNet-20, ResNet-50 and a transformer: time, roofline.
 
     python benchmarks/kronecker_layers.py --out benchmarks/results/cpu
 
 Contenders take turns: ours; unfold + mm and its moving average in plain torch; what curvlinops and nngeometry (if
-installed) do for this factor; and the bare matrix product of patches that lie ready. Extra memory is the growth of the
-process's peak during one call. Writes kronecker_layers.md, .json and .png.
+installed) do for this factor; and the bare matrix product of patches that lie ready. Writes kronecker_layers.md, .json
+and .png.
 """
 
 from __future__ import annotations
@@ -162,21 +162,6 @@ def peers(layer: Layer, x: Tensor, average: Callable[[Tensor], Tensor]) -> dict[
     return found
 
 
-def peak_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status has no VmHWM")
-
-
-def extra_memory(call: Callable[[], object]) -> int:
-    """Growth of the resident peak during a call."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
-    before = peak_bytes()
-    call()
-    return peak_bytes() - before
-
-
 def measure(layer: Layer, batch: int, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     x = torch.randn(batch, layer.channels, layer.size, layer.size)
@@ -184,7 +169,6 @@ def measure(layer: Layer, batch: int, rounds: int) -> dict[str, Any]:
         x = x[:, :, 0, 0]
     factor = torch.zeros(layer.columns, layer.columns)
     calls = contenders(layer, x, factor)
-    memory = {name: extra_memory(calls[name]) for name in ("ours", "unfold + mm")}  # at the first call
     want = calls["unfold + mm"]()  # both have taken their second step
     got = calls["ours"]()
     error = float((got - want).norm() / want.norm())
@@ -206,8 +190,6 @@ def measure(layer: Layer, batch: int, rounds: int) -> dict[str, Any]:
         "batch": batch,
         "ms": ms,
         "error": error,
-        "patch matrix bytes": 4 * rows * layer.columns,
-        "extra bytes": memory,
         "flops": flops,
         "bytes": 4 * (x.numel() + 2 * factor.numel()),
         "GFLOP/s": flops / ms["ours"] / 1e6,
@@ -219,8 +201,8 @@ def table(network: str, counts: Counter[Layer], rows: list[dict[str, Any]]) -> l
         "",
         f"## {network}, batch {rows[0]['batch']}",
         "",
-        "| layer | uses | ours ms | GFLOP/s | unfold + mm | curvlinops | nngeometry | bare GEMM | memory of patches |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| layer | uses | ours ms | GFLOP/s | unfold + mm | curvlinops | nngeometry | bare GEMM |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     names = ("unfold + mm", "curvlinops", "nngeometry", "bare GEMM")
     totals: Counter[str] = Counter()
@@ -228,11 +210,10 @@ def table(network: str, counts: Counter[Layer], rows: list[dict[str, Any]]) -> l
         for name, ms in row["ms"].items():
             totals[name] += times * ms
         ratios = [f"{row['ms'][name] / row['ms']['ours']:.1f}x" if name in row["ms"] else "" for name in names]
-        share = row["extra bytes"]["ours"] / row["patch matrix bytes"]
-        cells = [row["layer"], str(times), f"{row['ms']['ours']:.2f}", f"{row['GFLOP/s']:.0f}", *ratios, f"{share:.0%}"]
+        cells = [row["layer"], str(times), f"{row['ms']['ours']:.2f}", f"{row['GFLOP/s']:.0f}", *ratios]
         lines.append(f"| {' | '.join(cells)} |")
     whole = [f"{totals[name] / totals['ours']:.1f}x" if name in ("unfold + mm", "bare GEMM") else "" for name in names]
-    lines.append(f"| all layers | {sum(counts.values())} | {totals['ours']:.1f} | | {' | '.join(whole)} | |")
+    lines.append(f"| all layers | {sum(counts.values())} | {totals['ours']:.1f} | | {' | '.join(whole)} |")
     return lines
 
 
