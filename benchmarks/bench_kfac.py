@@ -37,7 +37,7 @@ def backward(net: nn.Module, x: Tensor, y: Tensor) -> None:
 
 def with_kfac(net: nn.Module, x: Tensor, y: Tensor, **options: Any) -> Callable[[], None]:
     own = copy.deepcopy(net)
-    p = mk.KFAC(own, DAMPING, normalization="skip", skip_layers=["*bn*", "stem.1", *norms(own)], **options)
+    p = mk.KFAC(own, DAMPING, normalization="skip", skip_layers=norms(own), **options)
 
     def step() -> None:
         backward(own, x, y)

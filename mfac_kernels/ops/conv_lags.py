@@ -37,12 +37,12 @@ def conv2d_lags_size(
     bias: bool = False,
 ) -> tuple[int, int]:
     """The shape (groups, size) of the state of a convolution with so many input channels."""
-    kernel, _, *rest = _geometry("conv2d_lags_size", 2, kernel_size, 1, padding, dilation)
+    kernel, _, before, after, dilations = _geometry("conv2d_lags_size", 2, kernel_size, 1, padding, dilation)
     check(
         groups > 0 and channels % groups == 0,
         f"conv2d_lags_size: groups: expected a divisor of {channels} channels, got {groups}",
     )
-    return groups, _lag_form.state_size(channels // groups, kernel, rest[0], rest[1], rest[2], bias)
+    return groups, _lag_form.state_size(channels // groups, kernel, before, after, dilations, bias)
 
 
 def conv2d_lags_(
