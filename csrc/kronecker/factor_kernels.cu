@@ -165,7 +165,8 @@ bool fits_tensor_cores(const FactorRows& rows, const Factor& factor) {
   const Patches& p = rows.patches;
   const int64_t vector = 16 / item_of(p.dtype);
   const bool exact = p.dtype == DType::f32 ? rows.allow_tf32 : p.dtype != DType::f64 && !rows.weights && !rows.by_visits;
-  bool aligned = p.channel_step == 1 && reinterpret_cast<uintptr_t>(p.data) % 16 == 0 && (p.samples == 1 || p.sample_step % vector == 0);
+  bool aligned = p.channels > 0 && p.channel_step == 1 && reinterpret_cast<uintptr_t>(p.data) % 16 == 0 &&
+                 (p.samples == 1 || p.sample_step % vector == 0);
   for (const Axis& axis : p.axes) aligned = aligned && (axis.size == 1 || axis.step % vector == 0);
   const bool whole_groups = factor.blocks == factor.groups && (factor.groups == 1 || p.channels % vector == 0);
   return exact && aligned && (whole_groups || (p.offsets() == 1 && factor.size % vector == 0));
