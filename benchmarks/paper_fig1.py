@@ -28,11 +28,11 @@ from mfac_kernels.training.models import vgg11
 
 BATCH = 100
 METHODS: dict[str, tuple[OptimizerConfig, dict[str, tuple[float, ...]]]] = {
-    "SGD": (SGDConfig(lr=0.1), {"lr": (0.03, 0.1, 0.3)}),
+    "SGD": (SGDConfig(lr=0.1), {"lr": (0.01, 0.03, 0.1)}),
     **{
         name: (
-            KFACConfig(lr=0.03, spatial=spatial, group_size=group),
-            {"lr": (0.01, 0.03, 0.1), "damping": (0.03, 0.3)},
+            KFACConfig(lr=0.01, inv_update_steps=50, spatial=spatial, group_size=group),
+            {"lr": (0.001, 0.003, 0.01, 0.03), "damping": (0.003, 0.01, 0.03)},
         )
         for name, spatial, group in (
             ("K-FAC full", "full", None),

@@ -34,7 +34,7 @@ _DEFAULT_MODELS = {
 _EXAMPLES = """\
 examples:
   mfac-kernels info                                    what this build can do
-  mfac-kernels train                                   SGD and M-FAC on CIFAR-10, five minutes
+  mfac-kernels train                                   SGD, M-FAC and K-FAC on CIFAR-10, five minutes
   mfac-kernels train --data digits --steps 300         no network needed
   mfac-kernels train --help
 """

@@ -3,6 +3,9 @@
 MFAC_KERNELS_TEST_DEVICES="cpu,cuda" chooses the devices; the default is the CPU, and CUDA where torch finds a GPU
 and the package was built for it. Without the CPU among them, tests that do not take the fixture `device` are left out.
 
+MFAC_KERNELS_EXAMPLES=500 draws so many examples for each property, new ones every time; the default is 25. With CI set
+they are the same every time.
+
 Without hypothesis the tests that need it are skipped, each by name; plain cases of the same files still run.
 """
 
@@ -25,7 +28,7 @@ import mfac_kernels as mk
 hypothesis.settings.register_profile(
     "local",
     deadline=None,
-    max_examples=25,
+    max_examples=int(os.environ.get("MFAC_KERNELS_EXAMPLES", "25")),
     # instruction_set holds for every example of a test alike
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )

@@ -14,6 +14,7 @@ from mfac_kernels.fisher._checks import index, positive_float
 from mfac_kernels.fisher._inverses import Eigenbases, FactoredInverses, Inverses
 from mfac_kernels.fisher._layout import KroneckerShape, Lags, gather, spread
 from mfac_kernels.fisher._stack import Stack
+from mfac_kernels.fisher._state import check_like, copy_into
 
 __all__ = ["KroneckerFisher", "KroneckerShape", "Lags"]
 
@@ -243,33 +244,3 @@ class KroneckerFisher:
 
     def _at(self, layer: int) -> tuple[Stack, int]:
         return self._place[index("layer", layer, len(self.shapes))]
-
-
-def check_like(name: str, mine: Any, other: Any) -> None:
-    """KeyError or ValueError unless ``other`` nests tensors of the same shapes and dtypes as ``mine`` does."""
-    if isinstance(mine, dict):
-        if not isinstance(other, dict) or mine.keys() != other.keys():
-            got = sorted(other) if isinstance(other, dict) else type(other).__name__
-            raise KeyError(f"{name}: expected the entries {sorted(mine)}, got {got}")
-        for key in mine:
-            check_like(f"{name}[{key!r}]", mine[key], other[key])
-    elif isinstance(mine, list):
-        if not isinstance(other, list) or len(mine) != len(other):
-            raise ValueError(f"{name}: expected a list of {len(mine)}, got {other!r:.40}")
-        for i, (a, b) in enumerate(zip(mine, other, strict=True)):
-            check_like(f"{name}[{i}]", a, b)
-    elif not isinstance(other, Tensor) or other.shape != mine.shape or other.dtype != mine.dtype:
-        got = f"{other.dtype} {tuple(other.shape)}" if isinstance(other, Tensor) else type(other).__name__
-        raise ValueError(f"{name}: expected {mine.dtype} {tuple(mine.shape)}, got {got}")
-
-
-def copy_into(mine: Any, other: Any) -> None:
-    """Copy the tensors of ``other`` into those of ``mine``, as :func:`check_like` has compared them."""
-    if isinstance(mine, dict):
-        for key in mine:
-            copy_into(mine[key], other[key])
-    elif isinstance(mine, list):
-        for a, b in zip(mine, other, strict=True):
-            copy_into(a, b)
-    else:
-        mine.copy_(other)

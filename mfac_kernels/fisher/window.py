@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mfac_kernels.fisher import _checks
 from mfac_kernels.fisher._cholesky import cholesky, diagonal_of, inverse_lower
+from mfac_kernels.fisher._state import check_entries, check_like, copy_into
 from mfac_kernels.ops.window import (
     core_insert_,
     core_refactor_,
@@ -17,8 +18,6 @@ from mfac_kernels.ops.window import (
     window_dots,
     window_insert_,
 )
-
-_TENSORS = ("window", "gram", "factor", "state")
 
 
 class FisherWindow:
@@ -173,40 +172,29 @@ class FisherWindow:
 
     def reset(self) -> None:
         """Forget every gradient."""
-        for name in _TENSORS:
-            getattr(self, name).zero_()
+        for tensor in self._tensors().values():
+            tensor.zero_()
         self._most_seen = self._raised_refusals = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bit-for-bit resume needs. The tensors are the live ones, as in torch's state dicts."""
-        return {name: getattr(self, name) for name in _TENSORS} | {
-            "damping": self.damping,
-            "normalize": self.normalize,
-        }
+        return self._tensors() | {"damping": self.damping, "normalize": self.normalize}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a :meth:`state_dict`, from any device. Raises as :meth:`check_state_dict`; then nothing changes."""
         self.check_state_dict(state_dict)
         self._damping = float(state_dict["damping"])
-        for name in _TENSORS:
-            getattr(self, name).copy_(state_dict[name])
+        copy_into(self._tensors(), state_dict)
         self._most_seen = self.seen
         self._raised_refusals = self.refused
 
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"window": self.window, "gram": self.gram, "factor": self.factor, "state": self.state}
+
     def check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise KeyError for a missing entry, TypeError or ValueError for one that does not fit this window."""
-        missing = {*_TENSORS, "damping", "normalize"} - state_dict.keys()
-        if missing:
-            raise KeyError(f"state_dict: expected the entries {sorted(missing)}, which are missing")
-        for name in _TENSORS:
-            mine, theirs = getattr(self, name), state_dict[name]
-            if not isinstance(theirs, Tensor):
-                raise TypeError(f"state_dict[{name!r}]: expected a tensor, got {type(theirs).__name__}")
-            if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
-                raise ValueError(
-                    f"state_dict[{name!r}]: expected {mine.dtype} of shape {tuple(mine.shape)}, "
-                    f"got {theirs.dtype} of shape {tuple(theirs.shape)}"
-                )
+        check_entries("state_dict", self.state_dict(), state_dict)
+        check_like("state_dict", self._tensors(), state_dict)
         if state_dict["normalize"] != self.normalize:
             raise ValueError(f"state_dict['normalize']: expected {self.normalize!r}, got {state_dict['normalize']!r}")
         _checks.positive_float("state_dict['damping']", state_dict["damping"])

@@ -353,6 +353,9 @@ class NormalizationLayer(Layer):
         return x.reshape(len(x), self.units, -1).sum(2)
 
 
+NOT_INCLUDED, SKIPPED, NO_NORMALIZATION = "not in include", "in skip_layers", 'normalization is "skip"'
+ASKED = (NOT_INCLUDED, SKIPPED, NO_NORMALIZATION)  # reasons that need no warning
+
 NORMALIZATIONS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -408,6 +411,6 @@ def _layer(name: str, module: nn.Module, options: Options, normalization: Normal
         return f"{unlike[0]} is set" if unlike else EmbeddingLayer(name, module, options)
     if isinstance(module, NORMALIZATIONS):
         if normalization == "skip":
-            return "normalization layers are left alone"
+            return NO_NORMALIZATION
         return NormalizationLayer(name, module, normalization == "diagonal")
     return f"{type(module).__name__} is of no kind that has Kronecker factors"

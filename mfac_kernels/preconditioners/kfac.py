@@ -12,9 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mfac_kernels.fisher._checks import positive_int
+from mfac_kernels.fisher._state import check_entries
 from mfac_kernels.fisher.kronecker import KroneckerFisher
 from mfac_kernels.preconditioners._distributed import average_sums, share_refresh
 from mfac_kernels.preconditioners._layers import (
+    ASKED,
+    NOT_INCLUDED,
+    SKIPPED,
     Add,
     Approximation,
     Normalization,
@@ -126,13 +130,13 @@ class KFAC(Preconditioner):
 
         def unwanted(name: str, module: nn.Module) -> str | None:
             if include is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-                return "not in include"
-            return "in skip_layers" if any(fnmatch.fnmatchcase(name, p) for p in skip_layers) else None
+                return NOT_INCLUDED
+            return SKIPPED if any(fnmatch.fnmatchcase(name, p) for p in skip_layers) else None
 
         self._layers, self.skipped_layers = find_layers(model, options, normalization, unwanted)
         if not self._layers:
             raise ValueError(f"model: expected layers to precondition, found none; left alone: {self.skipped_layers}")
-        unasked = {n: why for n, why in self.skipped_layers.items() if why not in ("not in include", "in skip_layers")}
+        unasked = {n: why for n, why in self.skipped_layers.items() if why not in ASKED}
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
             warnings.warn(f"KFAC leaves the gradients of these modules as they are: {listed}", stacklevel=2)
@@ -279,9 +283,7 @@ class KFAC(Preconditioner):
         return {"steps": self.steps, "fisher": self.fisher.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"steps", "fisher"} - state_dict.keys()
-        if missing:
-            raise KeyError(f"state_dict: expected the entries {sorted(missing)}, which are missing")
+        check_entries("state_dict", ("steps", "fisher"), state_dict)
         steps = int(state_dict["steps"])
         self.fisher.load_state_dict(state_dict["fisher"])
         self.steps = steps

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mfac_kernels.fisher._state import check_entries, check_like
 from mfac_kernels.fisher.window import FisherWindow
 from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner
 
@@ -166,21 +167,14 @@ class MFAC(Preconditioner):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        missing = {"steps", "windows", "momentum_buffers"} - state_dict.keys()
-        if missing:
-            raise KeyError(f"state_dict: expected the entries {sorted(missing)}, which are missing")
+        check_entries("state_dict", ("steps", "windows", "momentum_buffers"), state_dict)
         windows, buffers = state_dict["windows"], state_dict["momentum_buffers"]
-        for name in ("windows", "momentum_buffers"):
-            if len(state_dict[name]) != len(self._windows):
-                raise ValueError(f"state_dict[{name!r}]: expected {len(self._windows)}, got {len(state_dict[name])}")
-        steps = int(state_dict["steps"])
-        for mine, window, buffer in zip(self._windows, windows, buffers, strict=True):
-            if buffer.shape != mine.buffer.shape:
-                raise ValueError(
-                    f"state_dict['momentum_buffers']: expected shape {tuple(mine.buffer.shape)}, "
-                    f"got {tuple(buffer.shape)}"
-                )
+        if len(windows) != len(self._windows):
+            raise ValueError(f"state_dict['windows']: expected {len(self._windows)}, got {len(windows)}")
+        for mine, window in zip(self._windows, windows, strict=True):
             mine.fisher.check_state_dict(window)
+        check_like("state_dict['momentum_buffers']", [w.buffer for w in self._windows], buffers)
+        steps = int(state_dict["steps"])
         for mine, window, buffer in zip(self._windows, windows, buffers, strict=True):
             mine.fisher.load_state_dict(window)
             mine.buffer.copy_(buffer)

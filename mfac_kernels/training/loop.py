@@ -31,6 +31,7 @@ __all__ = [
     "GRID_STEPS",
     "Comparison",
     "Evaluation",
+    "KFACConfig",
     "MFACConfig",
     "OptimizerConfig",
     "RunResult",
@@ -126,7 +127,7 @@ class KFACConfig(OptimizerConfig):
     label = "K-FAC"
 
     damping: float = 0.03
-    inv_update_steps: int = 50
+    inv_update_steps: int = 10
     spatial: Literal["full", "sua"] = "full"
     group_size: int | None = None
 
@@ -156,6 +157,7 @@ GRID: dict[str, tuple[OptimizerConfig, ...]] = {
         # A wide window is slow to start if the sum is divided by its size from the first gradient on.
         *(MFACConfig(lr=1e-3, ngrads=ngrads, normalize=normalize) for ngrads, normalize in _NORMALIZATIONS),
     ),
+    "kfac": tuple(KFACConfig(lr=lr, damping=damping) for damping in (0.01, 0.03, 0.1) for lr in (0.003, 0.01, 0.03)),
 }
 GRID_STEPS = 240
 # The best of GRID on CIFAR-10 with ResNet-20, batch 128, by the mean loss of the last 40 of 240
@@ -163,6 +165,7 @@ GRID_STEPS = 240
 CHOSEN: dict[str, OptimizerConfig] = {
     "sgd": SGDConfig(lr=0.1),
     "mfac": MFACConfig(lr=1e-3, damping=1e-4),
+    "kfac": KFACConfig(lr=0.01, damping=0.03),
 }
 
 
@@ -183,6 +186,7 @@ class RunResult:
     config: OptimizerConfig
     losses: list[float] = field(default_factory=list)  # of the batch, before the step
     step_seconds: list[float] = field(default_factory=list)  # the whole step, preconditioner too
+    # Of the preconditioner's step; what K-FAC gathers in the passes of the network is in the whole step alone.
     preconditioner_seconds: list[float] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
 

@@ -22,8 +22,8 @@ from mfac_kernels.training.loop import (
 
 __all__ = ["format_settings", "format_table", "plot_curves", "write_grid", "write_report"]
 
-_COLOURS = {"sgd": "#4477aa", "mfac": "#cc3311"}
-_MARKERS = {"sgd": "o", "mfac": "s"}
+_COLOURS = {"sgd": "#4477aa", "mfac": "#cc3311", "kfac": "#228833"}
+_MARKERS = {"sgd": "o", "mfac": "s", "kfac": "^"}
 
 
 def format_table(comparison: Comparison, *, settings: bool = False) -> str:
@@ -232,9 +232,9 @@ def _report_text(comparison: Comparison) -> str:
             f"Loss: mean of the last {min(TAIL, comparison.steps)} steps. Accuracy: on the whole "
             "test set, after the last step. A step is the whole of it: batch, forward, backward, "
             "preconditioner, update; times are medians, and share is the preconditioner's part of "
-            "a step. In the figure the thin lines are every batch's loss, the thick ones a moving "
-            "average; accuracy before the last step is on a part of the test set "
-            f"({comparison.results[0].evaluations[0].images} images).",
+            "a step (not what K-FAC gathers in the passes). In the figure the thin lines are "
+            "every batch's loss, the thick ones a moving average; accuracy before the last step is "
+            f"on a part of the test set ({comparison.results[0].evaluations[0].images} images).",
             "",
             "## Conditions",
             "",

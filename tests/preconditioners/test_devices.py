@@ -1,0 +1,151 @@
+"""Preconditioners on a GPU: the numbers of the CPU, states that cross over, steps that never wait and can be captured.
+
+On the CPU the comparisons still run, with itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import mfac_kernels as mk
+
+F64 = torch.float64
+KINDS = {
+    "factored": {},
+    "sua, groups": {"spatial": "sua", "group_size": 4},
+    "reduce": {"approximation": "reduce", "group_size": (4, None)},
+    "exact": {"damping_style": "exact"},
+    "eigen_correction": {"damping_style": "exact", "eigen_correction": True},
+    "M-FAC": None,
+}
+pytestmark = pytest.mark.filterwarnings("ignore:KFAC leaves")
+
+
+def network(device: str, dtype: torch.dtype = F64) -> nn.Module:
+    """A layer of each kind; the same weights whatever the device."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, groups=2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(2),
+        nn.Conv1d(8, 6, 3, padding=1),
+        nn.Flatten(),
+        nn.Linear(54, 5),
+    )
+    return net.to(device, dtype)
+
+
+def batch(device: str, seed: int, dtype: torch.dtype = F64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(6, 3, 8, 8, generator=generator, dtype=F64)
+    return x.to(device, dtype), torch.randint(5, (6,), generator=generator).to(device)
+
+
+def preconditioner(net: nn.Module, kind: str) -> mk.KFAC | mk.MFAC:
+    options = KINDS[kind]
+    if options is None:
+        return mk.MFAC(net.parameters(), ngrads=4, damping=1e-2, dtype=next(net.parameters()).dtype)
+    return mk.KFAC(net, 1e-2, kl_clip=1e-2, **options)
+
+
+def step(net: nn.Module, p: mk.KFAC | mk.MFAC, x: Tensor, y: Tensor) -> list[Tensor]:
+    """The preconditioned gradients, which replace those of the last step where these lie."""
+    for parameter in net.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+    F.cross_entropy(net(x), y).backward()
+    p.step()
+    return [parameter.grad for parameter in net.parameters()]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def assert_same(got: list[Tensor], want: list[Tensor], rtol: float = 1e-7) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=rtol, atol=rtol * float(b.abs().max()))
+
+
+def test_steps_are_those_of_the_cpu(kind, device):
+    here, there = network("cpu"), network(device)
+    p, q = preconditioner(here, kind), preconditioner(there, kind)
+    for seed in range(6):
+        assert_same(step(there, q, *batch(device, seed)), step(here, p, *batch("cpu", seed)))
+    assert p.diagnostics() == q.diagnostics()
+
+
+def test_states_cross_over(kind, device):
+    here, there = network("cpu"), network(device)
+    p, q = preconditioner(here, kind), preconditioner(there, kind)
+    for seed in range(3):
+        step(here, p, *batch("cpu", seed))
+    there.load_state_dict(here.state_dict())
+    q.load_state_dict(p.state_dict())
+    assert_same(step(there, q, *batch(device, 3)), step(here, p, *batch("cpu", 3)))
+
+
+# Eigenvalues are torch's, which waits for them.
+on_gpu = pytest.mark.parametrize(
+    "kind", [kind for kind, options in KINDS.items() if "damping_style" not in (options or {})]
+)
+
+
+@pytest.fixture
+def warm(kind: str, device: str) -> Callable[[int], list[Tensor]]:
+    """warm(seed): a step on a GPU, in float32, after some that have set up what is set up once."""
+    if device != "cuda":
+        pytest.skip("for a GPU")
+    net = network(device, torch.float32)
+    p = preconditioner(net, kind)
+    inputs = batch(device, 0, torch.float32)
+    for _ in range(5):  # fills the window of M-FAC
+        step(net, p, *inputs)
+
+    def run(seed: int) -> list[Tensor]:
+        if seed:
+            for held, fresh in zip(inputs, batch("cpu", seed, torch.float32), strict=True):
+                held.copy_(fresh)
+        return step(net, p, *inputs)
+
+    return run
+
+
+@on_gpu
+def test_a_step_never_waits(warm):
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        warm(0)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@on_gpu
+def test_a_step_is_captured(warm):
+    """A replay is a step: finite, and another one each time, for the averages move on."""
+    on_a_side = torch.cuda.Stream()
+    on_a_side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(on_a_side):
+        for _ in range(3):
+            warm(0)
+    torch.cuda.current_stream().wait_stream(on_a_side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gradients = warm(0)
+    results = []
+    for _ in range(2):
+        graph.replay()
+        results.append([g.clone() for g in gradients])
+    for first, second in zip(*results, strict=True):
+        assert bool(second.isfinite().all())
+        assert not torch.equal(first, second)
