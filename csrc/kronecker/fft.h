@@ -44,17 +44,18 @@ class FftPlan {
 };
 
 // Spectra of a panel (frequencies, 2, samples, tile), the parts part_step apart: real ones of all samples, then imaginary ones; twice the
-// transform.
+// transform. Of a panel with fewer channels than a tile, the vectors past them are not touched.
 struct FftKernels {
   // Of one sample and panel. spectrum: at its real part of frequency 0. work: transform_work(plan) bytes, aligned to 64.
   int64_t (*transform_work)(const FftPlan&);
-  void (*transform)(const void* panel, const FftPlan&, void* work, void* spectrum, int64_t part_step);
+  void (*transform)(const void* panel, int64_t channels, const FftPlan&, void* work, void* spectrum, int64_t part_step);
 
   // sums (reach, 4, tile, tile) = for each row lag ly < reach: of Re and Im of sum_n conj(a) b, their sums over the `count` frequencies of
-  // a column with weights cosine, sine, cosine, sine. weights (count, reach, 2). work: a few tiles.
+  // a column with weights cosine, sine, cosine, sine. a has `rows` channels, b has `columns`. weights (count, reach, 2). work: a few
+  // tiles.
   int64_t (*product_work)();
-  void (*multiply_column)(const void* a, const void* b, int64_t samples, int64_t part_step, int64_t count, const double* weights,
-                          int64_t reach, void* work, void* sums);
+  void (*multiply_column)(const void* a, const void* b, int64_t rows, int64_t columns, int64_t samples, int64_t part_step, int64_t count,
+                          const double* weights, int64_t reach, void* work, void* sums);
   // out (2, tile, tile) += the part of a lag that is symmetric in the operands, and the antisymmetric one; sums of its row lag
   void (*add_column)(const void* sums, double cosine, double sine, void* out);
   // forward = out[0] - out[1], backward = out[0] + out[1]

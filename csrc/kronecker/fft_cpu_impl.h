@@ -117,14 +117,14 @@ int64_t transform_work(const FftPlan& plan) {
 }
 
 template <class S>
-void transform(const void* image, const FftPlan& plan, void* work, void* out, int64_t part_step) {
+void transform(const void* image, int64_t channels, const FftPlan& plan, void* work, void* out, int64_t part_step) {
   using V = Vec<S>;
   constexpr int64_t n = kLanesOf<S>;
   const int64_t rows = plan.rows, columns = plan.columns;
   S* column_re = static_cast<S*>(work);  // (kept_columns, y.n)
   S* column_im = column_re + plan.kept_columns * plan.y.n * n;
   S* line = column_im + plan.kept_columns * plan.y.n * n;
-  for (int64_t half = 0; half < kTile<S>; half += n) {
+  for (int64_t half = 0; half < channels; half += n) {
     const S* pixels = static_cast<const S*>(image) + half;
     S* spectrum = static_cast<S*>(out) + half;
     // Two rows at a time, as real and imaginary part: z = a + i b, 2 a^ = z^(k) + conj(z^(-k)), 2 i b^ = z^(k) - conj(z^(-k))
@@ -159,15 +159,16 @@ void transform(const void* image, const FftPlan& plan, void* work, void* out, in
   }
 }
 
-// out (2, tile, tile) = Re and Im of sum_n conj(a[n]) b[n]^T
+// out (2, tile, tile) = Re and Im of sum_n conj(a[n]) b[n]^T in `rows` and `columns`, zero past them
 template <class S>
-MFAC_INLINE void multiply_spectra(const S* a, const S* b, int64_t samples, int64_t part_step, S* out) {
+MFAC_INLINE void multiply_spectra(const S* a, const S* b, int64_t rows, int64_t columns, int64_t samples, int64_t part_step, S* out) {
   using V = Vec<S>;
   for (int64_t row = 0; row < kTile<S>; row += kTileRows)
     for (int64_t column = 0; column < kTile<S>; column += kLanesOf<S>) {
       V re[kTileRows] = {}, im[kTileRows] = {};
       const S *x = a + row, *y = b + column;
-      for (int64_t n = 0; n < samples; ++n, x += kTile<S>, y += kTile<S>) {
+      const int64_t terms = row < rows && column < columns ? samples : 0;
+      for (int64_t n = 0; n < terms; ++n, x += kTile<S>, y += kTile<S>) {
         const V y_re = load<V>(y), y_im = load<V>(y + part_step);
 #pragma GCC unroll 8
         for (int r = 0; r < kTileRows; ++r) {
@@ -219,15 +220,16 @@ void sum_products(const S* products, int64_t count, const double* weights, int64
 }
 
 template <class S>
-void multiply_column(const void* a, const void* b, int64_t samples, int64_t part_step, int64_t count, const double* weights, int64_t reach,
-                     void* work, void* out) {
+void multiply_column(const void* a, const void* b, int64_t rows, int64_t columns, int64_t samples, int64_t part_step, int64_t count,
+                     const double* weights, int64_t reach, void* work, void* out) {
   S *products = static_cast<S*>(work), *sums = static_cast<S*>(out);
   __builtin_memset(sums, 0, reach * 4 * kTileArea<S> * sizeof(S));
   for (int64_t first = 0; first < count; first += kColumnPart) {
     const int64_t part = count - first < kColumnPart ? count - first : kColumnPart;
     for (int64_t f = 0; f < part; ++f) {
       const int64_t at = (first + f) * 2 * part_step;
-      multiply_spectra(static_cast<const S*>(a) + at, static_cast<const S*>(b) + at, samples, part_step, products + 2 * f * kTileArea<S>);
+      multiply_spectra(static_cast<const S*>(a) + at, static_cast<const S*>(b) + at, rows, columns, samples, part_step,
+                       products + 2 * f * kTileArea<S>);
     }
     int64_t lag = 0;
     for (; lag + 3 <= reach; lag += 3)

@@ -175,8 +175,8 @@ struct LagKernels {
   void (*pack)(const void* x, int64_t channels, int64_t channel_step, int64_t rows, int64_t row_step, int64_t columns, int64_t column_step,
                void* panel);
   bool (*all_finite)(const void* panel, int64_t elements);
-  // tile (tile, tile) += sum over pixels of a b^T
-  void (*add_products)(const void* a, const void* b, const Pixels&, void* tile);
+  // tile (tile, tile) += sum over pixels of a b^T, of which the first `rows` and `columns` are not zero
+  void (*add_products)(const void* a, const void* b, const Pixels&, int64_t rows, int64_t columns, void* tile);
   // sums (tile) += sum over pixels of a
   void (*add_sums)(const void* a, const Pixels&, void* sums);
   // out (rows, columns) <- beta out + alpha * the sum of some of the tiles; mirror the same with the transpose. Either may be null.

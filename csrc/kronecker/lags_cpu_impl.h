@@ -75,34 +75,40 @@ bool all_finite(const void* panel, int64_t n) {
   return sum == 0;
 }
 
-template <class S>
-void add_products(const void* a_panel, const void* b_panel, const Pixels& pixels, void* out) {
+// kTileRows rows and the first kVectors vectors of a tile
+template <int kVectors, class S>
+MFAC_INLINE void add_strip(const S* a_panel, const S* b_panel, const Pixels& pixels, S* tile) {
   using V = Vec<S>;
   const auto& [counts, steps] = pixels;
-  S* tile = static_cast<S*>(out);
-  for (int64_t row = 0; row < kTile<S>; row += kTileRows) {
-    V sum[kTileRows][2] = {};
-    for (int64_t i = 0; i < counts[0]; ++i)
-      for (int64_t j = 0; j < counts[1]; ++j) {
-        const S* a = static_cast<const S*>(a_panel) + i * steps[0] + j * steps[1] + row;
-        const S* b = static_cast<const S*>(b_panel) + i * steps[0] + j * steps[1];
-        for (int64_t k = 0; k < counts[2]; ++k, a += steps[2], b += steps[2]) {
-          const V low = load<V>(b), high = load<V>(b + kLanesOf<S>);
-#pragma GCC unroll 8
-          for (int r = 0; r < kTileRows; ++r) {
-            const V x = splat(a[r]);
-            sum[r][0] += x * low;
-            sum[r][1] += x * high;
-          }
-        }
-      }
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r)
+  V sum[kTileRows][kVectors] = {};
+  for (int64_t i = 0; i < counts[0]; ++i)
+    for (int64_t j = 0; j < counts[1]; ++j) {
+      const S *a = a_panel + i * steps[0] + j * steps[1], *b = b_panel + i * steps[0] + j * steps[1];
+      for (int64_t k = 0; k < counts[2]; ++k, a += steps[2], b += steps[2]) {
+        V x[kVectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < 2; ++v) {
-        S* to = tile + (row + r) * kTile<S> + v * kLanesOf<S>;
-        store(to, load<V>(to) + sum[r][v]);
+        for (int v = 0; v < kVectors; ++v) x[v] = load<V>(b + v * kLanesOf<S>);
+#pragma GCC unroll 8
+        for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < kVectors; ++v) sum[r][v] += splat(a[r]) * x[v];
       }
+    }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      S* to = tile + r * kTile<S> + v * kLanesOf<S>;
+      store(to, load<V>(to) + sum[r][v]);
+    }
+}
+
+template <class S>
+void add_products(const void* a_panel, const void* b_panel, const Pixels& pixels, int64_t rows, int64_t columns, void* out) {
+  const S *a = static_cast<const S*>(a_panel), *b = static_cast<const S*>(b_panel);
+  for (int64_t row = 0; row < rows; row += kTileRows) {
+    S* tile = static_cast<S*>(out) + row * kTile<S>;
+    columns <= kLanesOf<S> ? add_strip<1>(a + row, b, pixels, tile) : add_strip<2>(a + row, b, pixels, tile);
   }
 }
 

@@ -94,7 +94,8 @@ class DirectSums {
           if (first < last && !(lag.symmetric && b > a))
             kernels_.add_products(panels_.at(group, a, sample, first, piece.columns.begin + lag.a_columns),
                                   panels_.at(group, b, sample, first + lag.b_rows, piece.columns.begin + lag.b_columns),
-                                  pixels(samples, last - first, piece.columns.end - piece.columns.begin), sum);
+                                  pixels(samples, last - first, piece.columns.end - piece.columns.begin), panels_.block_channels(a),
+                                  panels_.block_channels(b), sum);
           sum += tile_bytes;
         }
       }

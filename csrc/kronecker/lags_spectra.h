@@ -55,8 +55,8 @@ class Spectra {
     const int64_t count = panels_.samples(chunk);
     for_each_task(panels_.panels() * count, [&](int64_t task) {
       const int64_t panel = task / count, sample = task % count;
-      kernels_.transform(at_panel(panel, sample), plan_, scratch(kernels_.transform_work(plan_)), at(0, panel, filled_ + sample),
-                         part_step_);
+      kernels_.transform(at_panel(panel, sample), panels_.block_channels(panel % panels_.blocks()), plan_,
+                         scratch(kernels_.transform_work(plan_)), at(0, panel, filled_ + sample), part_step_);
     });
     filled_ += count;
   }
@@ -110,8 +110,9 @@ class Spectra {
     std::memset(sums, 0, lags() * 2 * tile_bytes());
     for (int64_t kx = plan_.kept_columns * segment / segments; kx < plan_.kept_columns * (segment + 1) / segments; ++kx) {
       const int64_t first = plan_.first[kx];
-      kernels_.multiply_column(at(first, panel + a, 0), at(first, panel + b, 0), filled_, part_step_, plan_.first[kx + 1] - first,
-                               weights_.data() + first * reach_ * 2, reach_, work, column);
+      kernels_.multiply_column(at(first, panel + a, 0), at(first, panel + b, 0), panels_.block_channels(a), panels_.block_channels(b),
+                               filled_, part_step_, plan_.first[kx + 1] - first, weights_.data() + first * reach_ * 2, reach_, work,
+                               column);
       for (int64_t i = 0; i < lags(); ++i) {
         const Lag& lag = form_.lags()[i];
         const int64_t angle = kx * std::abs(lag.x) * form_.x().dilation() % plan_.x.n;

@@ -1,11 +1,11 @@
 """Which way to the factor of a stride-1 convolution is the fastest on a CPU: tiles, lags or frequencies.
 
 A cost is a number of flops at the rate of the product kernels; a byte of state or factor that is read or written counts
-as a dozen. n samples, c channels of a group rounded up to panels of 32, K offsets, L lags, in each group:
+as a dozen. n samples, c channels of a group rounded up to vectors of 16, K offsets, L lags, in each group:
 
-    tiles   n outputs K^2 c^2                                   half of the patch matrix's product
+    tiles   n outputs (K c)^2                                   half of the patch matrix's product
     lags    n (sum over lags of the pixels that have it) c^2
-    fft     8 n frequencies c (c + 32) / 2, the transforms, the border pixel by pixel as for lags
+    fft     8 n frequencies c (c + min(c, 32)) / 2, the transforms, the border pixel by pixel as for lags
 
 Transforms run at an eighth of that rate, products of spectra and thin border strips at two thirds of it.
 ``benchmarks/bench_conv_lags.py`` measures whether the way chosen is the fastest.
@@ -22,7 +22,8 @@ from mfac_kernels._library import build_info
 from mfac_kernels.ops._lag_form import slots
 
 _FLOPS_PER_BYTE = 12
-_PANEL, _CHUNK = 32, 32  # channels; samples that are transformed at a time
+_VECTOR, _PANEL = 16, 32  # channels
+_CHUNK = 32  # samples that are transformed at a time
 _SIMT = build_info()["simt"]  # ops on the CPU are then those of the GPU
 
 
@@ -55,7 +56,8 @@ def of(
 ) -> dict[str, float]:
     """The cost of each way for a group of x (N, C, spatial...); expanded: compressed forms become factors at once."""
     samples, channels, image = x.shape[0], x.shape[1] // groups, x.shape[2:]
-    c = -(-channels // _PANEL) * _PANEL
+    c = -(-channels // _VECTOR) * _VECTOR
+    pairs = c * (c + min(c, _PANEL)) / 2
     offsets, positions, lagged, inner, frequencies = math.prod(kernel_size), 1, 1, 1, 1
     for axis in zip(image, kernel_size, padding_before, padding_after, dilation, strict=True):
         size, kernel, before, after, step = axis
@@ -72,13 +74,13 @@ def of(
     factor = offsets**2 * channels**2 * 8 * _FLOPS_PER_BYTE
     state = slots(kernel_size, padding_before, padding_after, dilation) * channels**2 * 8 * _FLOPS_PER_BYTE
     chunks = -(-samples // _CHUNK)
-    products = 8 * samples * frequencies / 2 * c * (c + _PANEL) / 2
-    sums = 8 * kernel_size[0] * chunks * frequencies / 2 * c * (c + _PANEL) / 2
+    products = 8 * samples * frequencies / 2 * pairs
+    sums = 8 * kernel_size[0] * chunks * frequencies / 2 * pairs
     transforms = 8 * 2.5 * samples * c * frequencies * math.log2(max(2, frequencies))
     border = samples * (lagged - inner) * c**2
     compressed = factor if expanded else 0
     return {
-        "tiles": samples * positions * offsets**2 * c**2 + factor,
+        "tiles": samples * positions * (-(-offsets * channels // _PANEL) * _PANEL) ** 2 + factor,
         "lags": samples * lagged * c**2 + state + compressed,
         "fft": 1.2 * (1.5 * (products + border) + sums + transforms) + 3 * chunks * state + compressed,
     }
