@@ -3,8 +3,8 @@
     SGD with batch normalization; K-FAC full; full, groups of 32; SUA; SUA, groups of 32
 
 VGG-11 with batch normalization, inverses every 50 batches of 100, as in the paper; a quarter of its width, fewer images
-and epochs. Each method's learning rate and damping are the best of a small grid, by the mean loss of its last steps on
-one seed. Written to --out: fig1.png, fig1.md, fig1.json.
+and epochs. The learning rate decays linearly to zero. Each method's learning rate and damping are the best of a small
+grid, by the mean loss of its last steps on one seed. Written to --out: fig1.png, fig1.md, fig1.json.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import statistics
+import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -134,6 +135,8 @@ def main() -> None:
     clock.watch(mk.KFAC, "_on_backward", "factors")
     clock.watch(mk.KroneckerFisher, "refresh", "inversion")
     clock.watch(mk.KFAC, "step", "step")
+    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    commit = described.stdout.strip() or "unknown"
     steps = arguments.epochs * (len(data.train_images) // BATCH)
     started = time.perf_counter()
     chosen: dict[str, OptimizerConfig] = {}
@@ -149,6 +152,7 @@ def main() -> None:
             print(f"{name}, seed {seed}: loss {last.final_loss:.3f}, error {1 - last.accuracy:.3f}", flush=True)
     conditions = {
         "date": date.today().isoformat(),
+        "commit": commit,
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "model": f"VGG-11, batch normalization, first width {arguments.width}",
@@ -200,6 +204,7 @@ def write_table(
             *shares,
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Loss of every setting of the grid:", *grid_lines(grids)]
     (out / "fig1.md").write_text("\n".join([*lines, ""]))
     content = {
         "conditions": conditions,
@@ -220,6 +225,23 @@ def write_table(
         },
     }
     (out / "fig1.json").write_text(json.dumps(content) + "\n")
+
+
+def grid_lines(grids: dict[str, list[dict[str, float]]]) -> list[str]:
+    """A table: settings across, methods down; SGD has a learning rate alone."""
+    lines: list[str] = []
+    for keys in dict.fromkeys(tuple(losses[0]) for losses in grids.values()):
+        rows = {name: losses for name, losses in grids.items() if tuple(losses[0]) == keys}
+        settings = [
+            ", ".join(f"{key} {value:g}" for key, value in setting.items() if key != "loss")
+            for setting in next(iter(rows.values()))
+        ]
+        lines += ["", " | ".join(["| method", *settings, ""]).rstrip(), "|---" * (len(settings) + 1) + "|"]
+        lines += [
+            " | ".join([f"| {name}", *(f"{one['loss']:.3f}" for one in losses), ""]).rstrip()
+            for name, losses in rows.items()
+        ]
+    return lines
 
 
 def plot(runs: dict[str, list[Run]], steps_per_epoch: int, conditions: dict[str, Any], path: Path) -> None:
