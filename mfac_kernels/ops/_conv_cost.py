@@ -5,9 +5,11 @@ as a dozen. n samples, c channels of a group rounded up to vectors of 16, K offs
 
     tiles   n outputs (K c)^2                                   half of the patch matrix's product
     lags    n (sum over lags of the pixels that have it) c^2
-    fft     8 n frequencies c (c + min(c, 32)) / 2, the transforms, the border pixel by pixel as for lags
+    fft     8 n frequencies c (c + min(c, 32)) / 2, their sums over the frequencies for each row of lags, the
+            transforms, the border pixel by pixel as for lags
 
-Transforms run at an eighth of that rate, products of spectra and thin border strips at two thirds of it.
+Sums over the frequencies run at a sixth of that rate, transforms at a tenth, thin border strips at a quarter; packing
+an element for the lags counts as 150.
 ``benchmarks/bench_conv_lags.py`` measures whether the way chosen is the fastest.
 """
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from mfac_kernels._library import build_info
 from mfac_kernels.ops._lag_form import slots
 
-_FLOPS_PER_BYTE = 12
+_FLOPS_PER_BYTE, _FLOPS_PER_PACKED = 12, 150
 _VECTOR, _PANEL = 16, 32  # channels
 _CHUNK = 32  # samples that are transformed at a time
 _SIMT = build_info()["simt"]  # ops on the CPU are then those of the GPU
@@ -76,11 +78,11 @@ def of(
     chunks = -(-samples // _CHUNK)
     products = 8 * samples * frequencies / 2 * pairs
     sums = 8 * kernel_size[0] * chunks * frequencies / 2 * pairs
-    transforms = 8 * 2.5 * samples * c * frequencies * math.log2(max(2, frequencies))
+    transforms = 10 * 2.5 * samples * c * frequencies * math.log2(max(2, frequencies))
     border = samples * (lagged - inner) * c**2
     compressed = factor if expanded else 0
     return {
         "tiles": samples * positions * (-(-offsets * channels // _PANEL) * _PANEL) ** 2 + factor,
-        "lags": samples * lagged * c**2 + state + compressed,
-        "fft": 1.2 * (1.5 * (products + border) + sums + transforms) + 3 * chunks * state + compressed,
+        "lags": samples * (lagged * c**2 + math.prod(image) * c * _FLOPS_PER_PACKED) + state + compressed,
+        "fft": products + 6 * sums + transforms + 4 * border + compressed,
     }

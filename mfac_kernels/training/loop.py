@@ -161,7 +161,7 @@ GRID: dict[str, tuple[OptimizerConfig, ...]] = {
 }
 GRID_STEPS = 240
 # The best of GRID on CIFAR-10 with ResNet-20, batch 128, by the mean loss of the last 40 of 240
-# steps (benchmarks/results/cifar10_grid.md); `mfac-kernels train --grid` repeats the search.
+# steps (benchmarks/results/cifar10_grid*.md); `mfac-kernels train --grid` repeats the search.
 CHOSEN: dict[str, OptimizerConfig] = {
     "sgd": SGDConfig(lr=0.1),
     "mfac": MFACConfig(lr=1e-3, damping=1e-4),
