@@ -92,7 +92,7 @@ class Products {
   int64_t work_bytes(const Pair& pair) const { return kernels_.work_bytes(pair.a, pair.b); }
 
   void cut_rows() {
-    constexpr int64_t kEnough = 64, kMinRows = 1024, kRowsPerColumn = 16;  // partial sums are small beside the rows that they sum
+    constexpr int64_t kEnough = 64, kMinRows = 1024, kRowsPerColumn = 8;  // partial sums are small beside the rows that they sum
     int64_t least = kMinRows, size = 0;
     for (const Pair& pair : pairs_) least = std::max({least, kRowsPerColumn * pair.a.count, kRowsPerColumn * pair.b.count});
     while (2 * segments_ * count() <= kEnough && 2 * segments_ * least <= rows_) segments_ *= 2;
