@@ -15,6 +15,8 @@ struct fp16 {
 enum class DType : int { f32, f64, bf16, fp16 };
 constexpr int kDTypes = 4;
 
+constexpr int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
 // body(T()) for the type of dtype
 template <class Body>
 auto for_type(DType dtype, const Body& body) {

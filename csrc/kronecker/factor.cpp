@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "common/tasks.h"
@@ -88,7 +88,7 @@ class Products {
  private:
   int64_t count() const { return static_cast<int64_t>(pairs_.size()); }
   bool stored(const Pair& pair) const { return segments_ > 1 || (squares_first_ && pair.diagonal); }
-  char* sums_of(const Pair& pair) const { return sums_.get() + pair.first_sum * item_; }
+  char* sums_of(const Pair& pair) const { return sums_->data() + pair.first_sum * item_; }
   int64_t work_bytes(const Pair& pair) const { return kernels_.work_bytes(pair.a, pair.b); }
 
   void cut_rows() {
@@ -100,7 +100,7 @@ class Products {
       pair.first_sum = size;
       if (stored(pair)) size += segments_ * pair.sums;
     }
-    sums_ = std::make_unique_for_overwrite<char[]>(size * item_);
+    sums_.emplace(size * item_);
     column_sums_.resize(segments_ * columns_);
   }
 
@@ -123,7 +123,7 @@ class Products {
   Weights weights_;
   bool squares_first_;
   std::vector<Pair> pairs_;
-  std::unique_ptr<char[]> sums_;     // of stored pairs: (segments, sums) each
+  std::optional<Workspace> sums_;    // of stored pairs: (segments, sums) each
   std::vector<double> column_sums_;  // (segments, columns)
 };
 

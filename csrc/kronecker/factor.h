@@ -4,8 +4,6 @@
 
 namespace mfac_kernels {
 
-inline int64_t element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 // factor <- beta factor + alpha sum over rows of w row row^T
 struct FactorUpdate {
   Patches patches;

@@ -157,13 +157,11 @@ Side side_of(const Patches& patches, const Factor& factor) {
   return side;
 }
 
-int item_of(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-
 // Tensor cores take rows of 16 bytes: channels that are neighbours in memory, and aligned wherever a patch or a block begins. Products of
 // 16-bit rows with weights would be rounded.
 bool fits_tensor_cores(const FactorRows& rows, const Factor& factor) {
   const Patches& p = rows.patches;
-  const int64_t vector = 16 / item_of(p.dtype);
+  const int64_t vector = 16 / element_size(p.dtype);
   const bool exact = p.dtype == DType::f32 ? rows.allow_tf32 : p.dtype != DType::f64 && !rows.weights && !rows.by_visits;
   bool aligned = p.channels > 0 && p.channel_step == 1 && reinterpret_cast<uintptr_t>(p.data) % 16 == 0 &&
                  (p.samples == 1 || p.sample_step % vector == 0);
@@ -182,7 +180,7 @@ Plan plan_of(const FactorRows& rows, const Factor& factor, bool by_offsets = fal
   if (!fits_tensor_cores(rows, factor))
     return {cut_of(tile_bits_of(p.dtype, factor.size), false, p.rows(), factor.blocks, factor.size, factor.size),
             by_offsets ? p.channels : 0};
-  const int64_t vector = 16 / item_of(p.dtype);
+  const int64_t vector = 16 / element_size(p.dtype);
   const int64_t padded = divide_up(std::min(p.channels, factor.size), vector) * vector,
                 width = p.offsets() * padded + (factor.bias ? 1 : 0);
   return {cut_of(7, false, p.rows(), factor.blocks, width, width), padded};

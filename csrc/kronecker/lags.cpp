@@ -31,21 +31,17 @@ void conv_lags_(const Tensor& state, const Tensor& x, std::vector<int64_t> kerne
   int32_t* flag = check_refused(op, refused);
 
   fft = fft && patches.samples * patches.channels * patches.pixels() > 0;
-  const Panels panels(x, patches, groups, fft ? Spectra::kSamples / 2 : std::numeric_limits<int64_t>::max());
-  if (flag) {
-    bool finite = true;
-    for (int64_t chunk = 0; chunk < panels.chunks() && finite; ++chunk) finite = panels.pack(chunk, true);
-    if (!finite) {
-      *flag = 1;
-      return;
-    }
+  const Panels panels(patches, groups, fft ? Spectra::kSamples / 2 : std::numeric_limits<int64_t>::max());
+  if (flag && !panels.look()) {
+    *flag = 1;
+    return;
   }
   const DirectSums regions(panels, form, sums, Pieces::in_region);
   std::optional<DirectSums> borders;
   std::optional<Spectra> planes;
   if (fft) {
     borders.emplace(panels, form, sums, Pieces::out_of_region);
-    planes.emplace(x, panels, form, sums);
+    planes.emplace(panels, form, sums);
   }
   for (int64_t chunk = 0; chunk < panels.chunks(); ++chunk) {
     const double keep = chunk == 0 ? beta : 1;

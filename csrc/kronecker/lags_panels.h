@@ -1,10 +1,8 @@
 // The batch of the compressed form's glue, laid out for its kernels.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 
 #include "common/tasks.h"
 #include "kronecker/lags_checks.h"
@@ -14,10 +12,10 @@ namespace mfac_kernels {
 // Image planes as panels of channels (lags.h), a chunk of the samples at a time
 class Panels {
  public:
-  Panels(const Tensor& x, const Patches& patches, int64_t groups, int64_t most_samples)
+  Panels(const Patches& patches, int64_t groups, int64_t most_samples)
       : kernels_(lag_kernels(patches.dtype)),
         x_(patches),
-        item_(static_cast<int64_t>(x.element_size())),
+        item_(element_size(patches.dtype)),
         rows_(patches.axes[1].size),
         columns_(patches.axes[2].size),
         channels_(patches.channels / groups),
@@ -25,7 +23,7 @@ class Panels {
         panels_(groups * blocks_),
         samples_(std::clamp<int64_t>(kPanelBytes / std::max<int64_t>(1, panels_ * image_bytes()), 1,
                                      std::clamp<int64_t>(x_.samples, 1, most_samples))),
-        buffer_(torch::stable::new_empty(x, {panels_ * samples_ * image_bytes()}, ScalarType::Byte)) {}
+        buffer_(panels_ * samples_ * image_bytes()) {}
 
   const LagKernels& kernels() const { return kernels_; }
   int64_t rows() const { return rows_; }
@@ -42,7 +40,16 @@ class Panels {
 
   char* at(int64_t group, int64_t block, int64_t sample, int64_t row, int64_t column) const {
     const int64_t pixel = (((group * blocks_ + block) * samples_ + sample) * rows_ + row) * columns_ + column;
-    return static_cast<char*>(buffer_.mutable_data_ptr()) + pixel * kernels_.tile * kernels_.item;
+    return buffer_.data() + pixel * kernels_.tile * kernels_.item;
+  }
+
+  // Whether the batch is finite. If it is one chunk, it is packed then.
+  bool look() const {
+    if (chunks() == 1) return pack(0, true);
+    if (lies_in_one_piece()) return look_in_place();
+    for (int64_t chunk = 0; chunk < chunks(); ++chunk)
+      if (!pack(chunk, true)) return false;
+    return true;
   }
 
   // Returns whether the chunk is finite, if asked to look.
@@ -61,12 +68,35 @@ class Panels {
   }
 
  private:
+  int64_t elements() const { return x_.channels * rows_ * columns_; }  // of a sample
+  bool lies_in_one_piece() const {
+    const int64_t row = x_.axes[1].step, column = x_.axes[2].step;
+    const bool channels_first = x_.channel_step == rows_ * columns_ && row == columns_ && column == 1;
+    const bool channels_last = x_.channel_step == 1 && row == columns_ * x_.channels && column == x_.channels;
+    return item_ == kernels_.item && x_.sample_step == elements() && (channels_first || channels_last);
+  }
+  bool look_in_place() const {
+    constexpr int64_t kPiece = 1 << 16;  // elements
+    const int64_t total = x_.samples * elements();
+    const char* data = static_cast<const char*>(x_.data);
+    std::atomic<bool> finite{true};
+    for_each_task(divide_up(total, kPiece), [&](int64_t piece) {
+      const int64_t first = piece * kPiece, n = std::min(kPiece, total - first), whole = n / kernels_.tile * kernels_.tile;
+      alignas(64) char rest[kMaxTileBytes] = {};
+      std::memcpy(rest, data + (first + whole) * item_, (n - whole) * item_);
+      if (!kernels_.all_finite(data + first * item_, whole) || !kernels_.all_finite(rest, kernels_.tile))
+        finite.store(false, std::memory_order_relaxed);
+    });
+    return finite.load();
+  }
+
+  static constexpr int64_t kMaxTileBytes = 128;     // of a row of a tile, with AVX-512
   static constexpr int64_t kPanelBytes = 16 << 20;  // stays in the last level of cache
 
   const LagKernels& kernels_;
   const Patches& x_;
   int64_t item_, rows_, columns_, channels_, blocks_, panels_, samples_;
-  Tensor buffer_;
+  Workspace buffer_;
 };
 
 }  // namespace mfac_kernels

@@ -14,7 +14,7 @@ class Spectra {
  public:
   static constexpr int64_t kSamples = 32;  // whose products the cost of the sums over the frequencies is small to
 
-  Spectra(const Tensor& x, const Panels& panels, const LagForm& form, const LagState& state)
+  Spectra(const Panels& panels, const LagForm& form, const LagState& state)
       : panels_(panels),
         form_(form),
         state_(state),
@@ -24,7 +24,7 @@ class Spectra {
         samples_(divide_up(kSamples, panels.samples()) * panels.samples()),
         part_step_((samples_ + 1) * panels.kernels().tile),
         panel_step_(2 * part_step_ * plan_.frequencies()),
-        buffer_(torch::stable::new_empty(x, {panels.panels() * panel_step_ * panels.kernels().item}, ScalarType::Byte)) {
+        buffer_(panels.panels() * panel_step_ * panels.kernels().item) {
     // Spectra are twice the transforms, their products four times as large.
     const double scale = 0.25 / static_cast<double>(plan_.y.n * plan_.x.n);
     for (int64_t kx = 0; kx < plan_.kept_columns; ++kx)
@@ -99,8 +99,7 @@ class Spectra {
   int64_t tile_bytes() const { return panels_.kernels().tile * panels_.kernels().tile * panels_.kernels().item; }
   const char* at_panel(int64_t panel, int64_t sample) const { return panels_.at(0, panel, sample, 0, 0); }
   char* at(int64_t frequency, int64_t panel, int64_t sample) const {
-    return static_cast<char*>(buffer_.mutable_data_ptr()) +
-           (panel * panel_step_ + frequency * 2 * part_step_ + sample * panels_.kernels().tile) * panels_.kernels().item;
+    return buffer_.data() + (panel * panel_step_ + frequency * 2 * part_step_ + sample * panels_.kernels().tile) * panels_.kernels().item;
   }
 
   // sums (lags, 2, tile, tile) of a segment of the columns of frequencies
@@ -148,7 +147,7 @@ class Spectra {
   int64_t panel_step_;
   int64_t filled_ = 0;
   std::vector<double> weights_;  // (frequencies, row lags, 2)
-  Tensor buffer_;
+  Workspace buffer_;
 };
 
 }  // namespace mfac_kernels

@@ -385,6 +385,28 @@ def test_chunks_of_samples(fft, instruction_set):
     assert flag.all() and torch.equal(whole, before)
 
 
+@pytest.mark.parametrize("layout", ["channels first", "channels last", "strided"])
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+def test_the_ends_of_many_samples_are_looked_at(last, layout, instruction_set, device):
+    """More samples than the frequencies take at a time, a ragged number of elements."""
+    conv = replace(RESNET, n=17, channels=3, image=(5, 7), seed=0)
+    x = conv.input(torch.float32)
+    if layout == "channels last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    if layout == "strided":
+        around = torch.full((17, 3, 5, 9), float("nan"))
+        around[..., 1:8] = x
+        x = around[..., 1:8]
+    state = conv.state(torch.float32).to(device)
+    for spoiled in (False, True):
+        if spoiled:
+            x[(-1 if last else 0,) * 4] = float("inf")
+        flag = torch.zeros(1, dtype=torch.int32, device=device)
+        conv.lags_(state, x.to(device), refused=flag, fft=True)
+        assert flag.tolist() == [int(spoiled)]
+        assert bool(state.isfinite().all())
+
+
 @pytest.mark.skipif(SIMT, reason="threads of the CPU")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_for_any_number_of_threads(dtype, threads, instruction_set):
