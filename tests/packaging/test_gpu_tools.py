@@ -69,7 +69,7 @@ def test_phases_on_a_gpu(card, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="1"):
         gpu.main()
-    assert [phase.name for phase in ran] == ["build", "tests", "graphs", "benchmarks", *gpu.SANITIZERS]
+    assert [phase.name for phase in ran] == ["build", "tests", "curvature", "graphs", "benchmarks", *gpu.SANITIZERS]
     assert ran[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert ran[1].environment["MFAC_KERNELS_TEST_DEVICES"] == "cuda"
     summary = json.loads((tmp_path / "gpu.json").read_text())
