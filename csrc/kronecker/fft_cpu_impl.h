@@ -159,7 +159,7 @@ void transform(const void* image, int64_t channels, const FftPlan& plan, void* w
   }
 }
 
-// out (2, tile, tile) = Re and Im of sum_n conj(a[n]) b[n]^T in `rows` and `columns`, zero past them
+// out (2, tile, tile) = Re and Im of sum_n conj(a[n]) b[n]^T; what is past `rows` and `columns` does not count
 template <class S>
 MFAC_INLINE void multiply_spectra(const S* a, const S* b, int64_t rows, int64_t columns, int64_t samples, int64_t part_step, S* out) {
   using V = Vec<S>;

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfac_kernels import ops
 from mfac_kernels.fisher._layout import KroneckerShape, multiply_inputs, multiply_outputs
-from mfac_kernels.fisher._stack import Stack
+from mfac_kernels.fisher._stack import Stack, lerp_rows
 
 State = dict[str, list[Tensor]]
 
@@ -19,8 +19,10 @@ class Inverses(ABC):
     """What :meth:`refresh` computes from the averages and :meth:`apply` multiplies with. At first the identity."""
 
     def __init__(self, stacks: Sequence[Stack]) -> None:
-        self.stacks = stacks
-        self._index = {id(stack): i for i, stack in enumerate(stacks)}
+        self.stacks = list(stacks)
+        # Of each of sums(): which layers have one of this batch; and on how many ranks, if these share it
+        self.begun: list[list[bool]] = []
+        self.called: list[Tensor] | None = None
 
     @abstractmethod
     def refresh(self, damping: float, rows: Sequence[list[int]]) -> None:
@@ -43,6 +45,9 @@ class Inverses(ABC):
 
     def update(self, take: Tensor, output_scale: Tensor | None) -> None:  # noqa: B027  (most keep no averages)
         """Let the sums enter the averages."""
+
+    def begin(self) -> None:  # noqa: B027
+        """No layer has sums of this batch."""
 
     def diagnostics(self) -> dict[str, float]:
         return {}
@@ -69,17 +74,20 @@ class FactoredInverses(Inverses):
         batches: list[Tensor] = []
         dampings: list[Tensor] = []
         targets: list[Tensor] = []
+        known: list[Tensor] = []  # which layers have seen a batch
         for i, (stack, chosen) in enumerate(zip(self.stacks, rows, strict=True)):
             for row in _runs(chosen):
-                weight = _nonzero(stack.weight[row])[:, None]
+                seen, weight = stack.weight[row] > 0, _nonzero(stack.weight[row])[:, None]
                 inputs, outputs = stack.shape.expand(stack.inputs[row]), stack.outputs[row]
                 pi = self._pi(stack.shape, inputs, outputs)
-                self._scales[i][row] = weight[:, 0] ** 2
+                self._scales[i][row] = torch.where(seen, weight[:, 0] ** 2, 1)
                 of_inputs, of_outputs = (damping * pi).sqrt() * weight, (damping / pi).sqrt() * weight
                 if stack.shape.unit:
                     of_inputs, of_outputs = damping * weight, torch.zeros_like(weight)
+                # A layer that has seen nothing keeps its inverses: the identity, not that of the damping alone.
                 if stack.shape.diagonal:
-                    self._inputs[i][row] = (inputs + of_inputs).reciprocal()
+                    inverse = (inputs + of_inputs).reciprocal()
+                    self._inputs[i][row] = torch.where(seen[:, None], inverse, self._inputs[i][row])
                 sides = [(outputs, of_outputs, self._outputs[i][row])]
                 if not stack.shape.diagonal:
                     sides.append((inputs, of_inputs, self._inputs[i][row]))
@@ -87,13 +95,14 @@ class FactoredInverses(Inverses):
                     batches.append(factor)
                     dampings.append(shift.expand(factor.shape[:2]))
                     targets.append(target)
+                    known.append(seen)
         found = ops.robust_cholesky_inverse(batches, dampings)
-        for target, inverse, attempts in zip(targets, found.inverses, found.attempts, strict=True):
-            if target.device.type == "cpu" and not bool(attempts.any()):
+        for target, inverse, attempts, seen in zip(targets, found.inverses, found.attempts, known, strict=True):
+            if target.device.type == "cpu" and not bool(attempts.any()) and bool(seen.all()):
                 target.copy_(inverse)
                 continue
             failed = attempts < 0
-            target.copy_(torch.where(failed[..., None, None], target, inverse))
+            target.copy_(torch.where((failed | ~seen[:, None])[..., None, None], target, inverse))
             self._repeated += (attempts == 1).sum()
             self._damped += (attempts > 1).sum()
             self._kept += failed.sum()
@@ -111,14 +120,14 @@ class FactoredInverses(Inverses):
         return torch.where(usable, pi, 1)
 
     def apply(self, stack: Stack, x: Tensor) -> Tensor:
-        i = self._index[id(stack)]
+        i = self.stacks.index(stack)
         inputs = self._inputs[i]
         x = x * self._scales[i][:, None, None, None, None]
         x = x * inputs[:, None, None, None] if stack.shape.diagonal else multiply_inputs(x, inputs)
         return multiply_outputs(self._outputs[i], x)
 
     def views(self, stack: Stack, row: int) -> list[Tensor]:
-        i = self._index[id(stack)]
+        i = self.stacks.index(stack)
         return [self._inputs[i][row], self._outputs[i][row], self._scales[i][row]]
 
     def state_dict(self) -> State:
@@ -155,12 +164,13 @@ class Eigenbases(Inverses):
             for s in [stack.shape]
         ]
         self._sums = [torch.zeros_like(m) for m in self.moments] if eigen_correction else []
+        self.begin()
         self._dampings = [torch.zeros_like(stack.weight) for stack in stacks]
 
     def refresh(self, damping: float, rows: Sequence[list[int]]) -> None:
         for i, (stack, chosen) in enumerate(zip(self.stacks, rows, strict=True)):
             for row in _runs(chosen):
-                weight = _nonzero(stack.weight[row])[:, None, None]
+                seen, weight = stack.weight[row] > 0, _nonzero(stack.weight[row])[:, None, None]
                 if stack.shape.diagonal:
                     of_inputs = stack.inputs[row][:, None] / weight
                 else:
@@ -172,46 +182,59 @@ class Eigenbases(Inverses):
                 if stack.shape.groups == 1:  # blocks follow one another; the ragged end is cut off
                     of_inputs = of_inputs.flatten(1)[:, None, : stack.shape.input_width]
                     of_outputs = of_outputs.flatten(1)[:, None, : stack.shape.outputs]
-                self.moments[i][row] = of_outputs[..., None, None] * of_inputs[:, :, None, None]
-                self._dampings[i][row] = damping
+                # A layer that has seen nothing keeps eigenvalues of 1: factors of zero have the identity for a basis.
+                moments = of_outputs[..., None, None] * of_inputs[:, :, None, None]
+                self.moments[i][row] = torch.where(seen[:, None, None, None, None], moments, 1)
+                self._dampings[i][row] = damping * seen.to(moments.dtype)
 
     def add_moments(self, stack: Stack, row: int, inputs: Tensor, gradients: Tensor, alpha: float) -> None:
         if not self.eigen_correction or stack.shape.sua:
             raise ValueError("add_moments: expected eigen_correction, and full spatial factors")
-        i = self._index[id(stack)]
+        i = self.stacks.index(stack)
         a, g = (
             multiply_inputs(rows.to(basis.dtype)[None, :, :, None], basis[row : row + 1])[0, :, :, 0]
             if basis.dim() == 4
             else rows.to(basis.dtype)
             for rows, basis in ((inputs, self._inputs[i]), (gradients, self._outputs[i]))
         )
-        self._sums[i][row, :, :, 0] += alpha * (g.square().mT @ a.square())
+        squares = alpha * (g.square().mT @ a.square())
+        if self.begun[i][row]:
+            self._sums[i][row, :, :, 0] += squares
+        else:
+            self._sums[i][row, :, :, 0] = squares
+            self.begun[i][row] = True
 
     def sums(self) -> list[Tensor]:
         return self._sums
 
     def update(self, take: Tensor, output_scale: Tensor | None) -> None:
-        for moments, total in zip(self.moments, self._sums, strict=False):
-            scaled = total if output_scale is None else total * output_scale
-            moments.copy_(torch.where(take > 0, moments.lerp(scaled.to(moments), take.to(moments.dtype)), moments))
-            total.zero_()
+        for i, total in enumerate(self._sums):
+            scaled = total if output_scale is None else (total * output_scale).to(total)
+            finite = torch.where(take > 0, scaled, 0)  # a refused batch's are not used, but 0 * inf is no number
+            called = self.called[i] if self.called else None
+            lerp_rows(self.moments[i], finite, take.to(total.dtype), self.begun[i], called)
+        self.begin()
+
+    def begin(self) -> None:
+        self.begun = [[False] * len(stack.layers) for stack in self.stacks] if self.eigen_correction else []
+        self.called = None
 
     def to_basis(self, stack: Stack, x: Tensor) -> Tensor:
         """U_B^T x U_A."""
-        i = self._index[id(stack)]
+        i = self.stacks.index(stack)
         if not stack.shape.diagonal:
             x = multiply_inputs(x, self._inputs[i])
         return multiply_outputs(self._outputs[i].mT, x)
 
     def apply(self, stack: Stack, x: Tensor) -> Tensor:
-        i = self._index[id(stack)]
+        i = self.stacks.index(stack)
         x = self.to_basis(stack, x) / (self.moments[i] + self._dampings[i][:, None, None, None, None])
         if not stack.shape.diagonal:
             x = multiply_inputs(x, self._inputs[i].mT)
         return multiply_outputs(self._outputs[i], x)
 
     def views(self, stack: Stack, row: int) -> list[Tensor]:
-        i = self._index[id(stack)]
+        i = self.stacks.index(stack)
         return [self._inputs[i][row], self._outputs[i][row], self.moments[i][row], self._dampings[i][row]]
 
     def state_dict(self) -> State:

@@ -14,6 +14,7 @@ class Stack:
     """Averages and this batch's sums of L layers: (L, *input_state) and (L, *output_factor).
 
     ``inputs`` and ``outputs`` are exponential sums; divided by ``weight`` (L,), in [0, 1), they are averages.
+    ``called`` (L,), if ranks share a batch: how many of them have sums of each layer.
     """
 
     def __init__(
@@ -25,11 +26,18 @@ class Stack:
         self.outputs = torch.zeros(count, *shape.output_factor, dtype=dtype, device=device)
         self.input_sums, self.output_sums = torch.zeros_like(self.inputs), torch.zeros_like(self.outputs)
         self.weight = torch.zeros(count, dtype=dtype, device=device)
+        self.called: Tensor | None = None
         self.begin()
 
     def begin(self) -> None:
         """No layer has sums of this batch."""
         self.inputs_begun, self.outputs_begun = [False] * len(self.layers), [False] * len(self.layers)
+        self.called = None
+
+    @property
+    def begun(self) -> list[bool]:
+        """Which layers have both sums of this batch."""
+        return [a and b for a, b in zip(self.inputs_begun, self.outputs_begun, strict=True)]
 
     @staticmethod
     def add(sums: Tensor, begun: list[bool], row: int, write: Callable[[Tensor, float], object]) -> None:
@@ -38,18 +46,21 @@ class Stack:
         begun[row] = True
 
     def merge(self, take: Tensor, output_scale: Tensor | None) -> None:
-        """average <- (1 - take) average + take sums, for the layers that have both sums."""
-        called = [a and b for a, b in zip(self.inputs_begun, self.outputs_begun, strict=True)]
+        """average <- (1 - take) average + take sums, for the layers that have both sums.
+
+        ``output_scale`` is that of squared gradients: of B, and of a unit-wise block, which is all in A.
+        """
         take = take.to(self.weight.dtype)
         if output_scale is not None:
             # Refused sums are not used, but 0 * inf is no number.
-            self.output_sums.mul_(torch.where(take > 0, output_scale, 0))
-        one = torch.ones((), dtype=take.dtype, device=take.device)
-        rows = [slice(None)] if all(called) else [slice(i, i + 1) for i, c in enumerate(called) if c]
-        for row in rows:
-            self.inputs[row].lerp_(self.input_sums[row], take)
-            self.outputs[row].lerp_(self.output_sums[row], take)
-            self.weight[row].lerp_(one, take)
+            squares = self.input_sums if self.shape.unit else self.output_sums
+            squares.mul_(torch.where(take > 0, output_scale, 0))
+        for average, total in (
+            (self.inputs, self.input_sums),
+            (self.outputs, self.output_sums),
+            (self.weight, torch.ones_like(self.weight)),
+        ):
+            lerp_rows(average, total, take, self.begun, self.called)
         self.begin()
 
     def gather_rows(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -59,3 +70,14 @@ class Stack:
 
     def state_dict(self) -> dict[str, Tensor]:
         return {"inputs": self.inputs, "outputs": self.outputs, "weight": self.weight}
+
+
+def lerp_rows(average: Tensor, total: Tensor, take: Tensor, begun: list[bool], called: Tensor | None) -> None:
+    """average <- (1 - take) average + take total, in the rows that have begun, or that have been called on any rank."""
+    if called is not None:
+        each = torch.where(called > 0, take, 0).view(-1, *[1] * (average.dim() - 1))
+        average.lerp_(total, each)
+        return
+    rows = [slice(None)] if all(begun) else [slice(i, i + 1) for i, b in enumerate(begun) if b]
+    for row in rows:
+        average[row].lerp_(total[row], take)

@@ -76,6 +76,7 @@ class KroneckerFisher:
         self.shapes = tuple(shapes)
         self.damping = positive_float("damping", damping)
         self.factor_decay = factor_decay
+        self.dtype = dtype
         members: dict[KroneckerShape, list[int]] = {}
         for layer, shape in enumerate(self.shapes):
             members.setdefault(shape, []).append(layer)
@@ -141,9 +142,9 @@ class KroneckerFisher:
         if output_scale is not None:
             accepted = accepted & output_scale.isfinite()
         take = (1 - self.factor_decay) * accepted.double()
+        self._inverses.update(take, output_scale)
         for stack in self._stacks:
             stack.merge(take, output_scale)
-        self._inverses.update(take, output_scale)
         self._counts += torch.stack([accepted, ~accepted])
         self.refused.zero_()
 
@@ -167,8 +168,36 @@ class KroneckerFisher:
         return self._inverses.views(*self._at(layer))
 
     def batch_sums(self) -> list[Tensor]:
-        """The sums of this batch, as views: what ranks average before :meth:`update`."""
+        """The sums of this batch, as views, zero where a layer has none: what ranks add up before :meth:`update`."""
+        sums = self._sums()
+        for total, begun in zip(sums, self._begun(), strict=True):
+            for row in (i for i, has_sum in enumerate(begun) if not has_sum):
+                total[row] = 0
+        return sums
+
+    def batch_counts(self) -> list[Tensor]:
+        """For each of :meth:`batch_sums`, (layers,): 1 where a layer has a sum of this batch, else 0."""
+        counts = []
+        for begun in self._begun():
+            count = torch.ones(len(begun), dtype=self.dtype, device=self.refused.device)
+            for row in (i for i, has_sum in enumerate(begun) if not has_sum):
+                count[row] = 0
+            counts.append(count)
+        return counts
+
+    def share(self, counts: Sequence[Tensor]) -> None:
+        """Divide the sums, added up over ranks, by ``counts``, added up too: the layers' batch is that of all ranks."""
+        for total, count in zip(self._sums(), counts, strict=True):
+            total.div_(count.clamp(min=1).view(-1, *[1] * (total.dim() - 1)))
+        for i, stack in enumerate(self._stacks):
+            stack.called = counts[2 * i + 1]
+        self._inverses.called = list(counts[2 * len(self._stacks) :])
+
+    def _sums(self) -> list[Tensor]:
         return [s for stack in self._stacks for s in (stack.input_sums, stack.output_sums)] + self._inverses.sums()
+
+    def _begun(self) -> list[list[bool]]:
+        return [stack.begun for stack in self._stacks for _ in range(2)] + self._inverses.begun
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
         """The debiased A, (blocks, s, s) or (inputs,), and B, (blocks, s, s), of a layer."""
@@ -240,6 +269,7 @@ class KroneckerFisher:
         copy_into(mine, state_dict)
         for stack in self._stacks:
             stack.begin()
+        self._inverses.begin()
         self.refused.zero_()
 
     def _at(self, layer: int) -> tuple[Stack, int]:

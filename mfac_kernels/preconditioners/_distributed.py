@@ -14,16 +14,16 @@ def _ranks() -> int:
 
 
 def average_sums(fisher: KroneckerFisher) -> None:
-    """The mean over the ranks of this batch's sums; a batch that one rank refuses, all refuse."""
-    ranks = _ranks()
-    if ranks == 1:
+    """The mean of this batch's sums over the ranks that called a layer; a batch that one rank refuses, all refuse."""
+    if _ranks() == 1:
         return
-    sums = fisher.batch_sums()
-    flat = torch.cat([s.flatten() for s in sums])
+    counts = fisher.batch_counts()
+    parts = [*counts, *fisher.batch_sums()]
+    flat = torch.cat([part.flatten() for part in parts])
     dist.all_reduce(flat)
     dist.all_reduce(fisher.refused, dist.ReduceOp.MAX)
-    flat /= ranks
-    _scatter(flat, sums)
+    _scatter(flat, parts)
+    fisher.share(counts)
 
 
 def share_refresh(fisher: KroneckerFisher) -> None:

@@ -49,6 +49,8 @@ class Layer(ABC):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
+        bias = getattr(module, "bias", None)
+        self._has_bias = isinstance(bias, Tensor) and bias.requires_grad
 
     @abstractmethod
     def positions(self, output: Tensor) -> int:
@@ -72,9 +74,9 @@ class Layer(ABC):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias, if it is trained."""
-        bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, Tensor) and bias.requires_grad else None
+        """The bias, if it was trained when the layer was made."""
+        bias = self.module.bias if self._has_bias else None
+        return bias if isinstance(bias, Tensor) else None
 
     def gradient(self) -> Tensor:
         """(groups * outputs, columns); zero where there is none."""
@@ -129,6 +131,11 @@ class LinearLayer(Layer):
         ops.linear_factor_(total, gradient, beta=how.beta, alpha=alpha, check_finite=how.refused)
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        if self.approximation == "reduce" and x.dim() > 2:
+            a, g = x.flatten(1, -2), gradient.flatten(1, -2).mean(1)[None]
+            if self.shape.bias:
+                a = F.pad(a, (0, 1), value=1.0)
+            return a.sum(1)[None], g
         a, g = x.reshape(1, -1, x.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1])
         return (F.pad(a, (0, 1), value=1.0) if self.shape.bias else a), g
 
@@ -295,7 +302,7 @@ class NormalizationLayer(Layer):
         )
 
     def positions(self, output: Tensor) -> int:
-        return 1
+        return output.numel() // max(1, len(output) * self.units)
 
     def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
         raise NotImplementedError("the block is known with the output gradient")
@@ -303,13 +310,15 @@ class NormalizationLayer(Layer):
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
         total.fill_(1.0)
 
-    def add_block(self, total: Tensor, x: Tensor, gradient: Tensor, how: Add) -> None:
-        """The block from the module's input and output gradient."""
+    def block_rows(self, x: Tensor, gradient: Tensor, by_position: bool) -> Tensor:
+        """(samples, groups * per_unit, 1): gradients of each sample, or of each position, from input and output's."""
         parts = [gradient * self._normalized(x)]
         if self.bias is not None:
             parts.append(gradient)
-        sample_gradients = torch.stack([self._per_unit(part) for part in parts], -1)  # (N, units, parameters)
-        rows = sample_gradients.view(len(x), -1, 1)
+        rows = torch.stack([self._per_unit(part, by_position) for part in parts], -1)  # (N, units, parameters)
+        return rows.reshape(len(rows), -1, 1)
+
+    def add_block(self, total: Tensor, rows: Tensor, how: Add) -> None:
         ops.conv1d_factor_(
             total, rows, 1, groups=self.shape.groups, beta=how.beta, alpha=how.alpha, check_finite=how.refused
         )
@@ -346,11 +355,13 @@ class NormalizationLayer(Layer):
             eps=module.eps,
         )
 
-    def _per_unit(self, x: Tensor) -> Tensor:
-        """Sums over positions, (N, units)."""
+    def _per_unit(self, x: Tensor, by_position: bool) -> Tensor:
+        """(N, units), sums over positions; or (N * positions, units)."""
         if isinstance(self.module, (nn.LayerNorm, nn.RMSNorm)):
-            return x.reshape(len(x), -1, self.units).sum(1)
-        return x.reshape(len(x), self.units, -1).sum(2)
+            each = x.reshape(len(x), -1, self.units)
+        else:
+            each = x.reshape(len(x), self.units, -1).mT
+        return each.flatten(0, 1) if by_position else each.sum(1)
 
 
 NOT_INCLUDED, SKIPPED, NO_NORMALIZATION = "not in include", "in skip_layers", 'normalization is "skip"'
@@ -373,7 +384,10 @@ def find_layers(
     """The layers of a model that have a Fisher block, and why others, that are trained, have none."""
     layers: list[Layer] = []
     skipped: dict[str, str] = {}
-    owner: dict[int, str] = {}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            owners.setdefault(id(p), []).append(name)
     attention: list[str] = []
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.requires_grad]
@@ -381,19 +395,18 @@ def find_layers(
             attention.append(f"{name}." if name else "")
         if not own:
             continue
-        shared = [owner[id(p)] for p in own if id(p) in owner]
+        others = [other for p in own for other in owners[id(p)] if other != name]
         layer: Layer | str = wanted(name, module) or ""
         if not layer and f"{name}.".startswith(tuple(attention)):
             layer = "the projections of nn.MultiheadAttention are not called as modules"
-        if not layer and shared:
-            layer = f"shares parameters with {shared[0]}"
+        if not layer and others:  # the gradient is the sum of several layers'
+            layer = f"shares parameters with {others[0]}"
         if not layer:
             layer = _layer(name, module, options, normalization)
         if isinstance(layer, str):
             skipped[name] = layer
         else:
             layers.append(layer)
-            owner.update((id(p), name) for p in own)
     return layers, skipped
 
 
@@ -402,6 +415,8 @@ def _layer(name: str, module: nn.Module, options: Options, normalization: Normal
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.requires_grad:
         return "its weight is not trained"
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is computed from other parameters"
     if isinstance(module, nn.Linear):
         return LinearLayer(name, module, options)
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -41,7 +41,7 @@ class KFAC(Preconditioner):
         preconditioner.step()
         optimizer.step()
 
-    Hooks gather the factors while the model runs in training mode: A from the inputs of a layer, B from the gradients
+    Hooks gather the factors while the model is in training mode: A from the inputs of a layer, B from the gradients
     of its outputs, both without forming patches. With N samples, S positions of a layer's output and g = N times the
     gradient of the mean loss,
 
@@ -49,7 +49,8 @@ class KFAC(Preconditioner):
         reduce   A = (1/N) sum_n (sum_s a)(sum_s a)^T     B = (1/N) sum_n (mean_s g)(mean_s g)^T
 
     so that B (x) A is the expected Fisher block of the mean loss. A batch that is not finite (an overflow under a
-    GradScaler) changes nothing and is counted. Nothing in a step waits for the device.
+    GradScaler) changes nothing and is counted. Nothing in a step waits for the device, but for the eigenvalues of
+    ``damping_style="exact"``. What has seen no batch yet keeps its gradient.
 
     Covered: Linear with any leading dimensions, Conv1d, Conv2d, Conv3d with any groups and padding, Embedding, and the
     normalization layers. What else is trained keeps its gradient; one warning lists it. Models under ``torch.compile``
@@ -120,6 +121,9 @@ class KFAC(Preconditioner):
         _one_of("fisher_type", fisher_type, ("empirical", "mc"))
         _one_of("loss_average", loss_average, ("batch", "positions", "sum"))
         _one_of("normalization", normalization, ("unit", "diagonal", "skip"))
+        if eigen_correction and spatial == "sua":
+            raise ValueError('eigen_correction: expected spatial "full", got "sua"')
+        self._model = model
         self.damping, self.factor_decay, self.kl_clip, self.lr = damping, factor_decay, kl_clip, lr
         self.factor_update_steps = positive_int("factor_update_steps", factor_update_steps)
         self.inv_update_steps = positive_int("inv_update_steps", inv_update_steps)
@@ -153,7 +157,10 @@ class KFAC(Preconditioner):
         )
         self._sampling = False
         self._calls = [_Calls() for _ in self._layers]
-        self._hooks = [layer.module.register_forward_hook(_Capture(self, i)) for i, layer in enumerate(self._layers)]
+        self._hooks = [
+            layer.module.register_forward_hook(_Capture(self, i), with_kwargs=True)
+            for i, layer in enumerate(self._layers)
+        ]
 
     # ---- gathering -------------------------------------------------------------------------------------------------
 
@@ -172,7 +179,7 @@ class KFAC(Preconditioner):
             cross_entropy(logits, labels).backward(retain_graph=True)
         cross_entropy(logits, y).backward()
         """
-        parameters = [p for layer in self._layers for p in layer.module.parameters(recurse=False)]
+        parameters = list(self._model.parameters())
         gradients = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
@@ -191,10 +198,11 @@ class KFAC(Preconditioner):
 
     def _on_forward(self, i: int, x: Tensor, output: Tensor) -> None:
         layer, calls = self._layers[i], self._calls[i]
-        if not (self.gathering and layer.module.training and torch.is_grad_enabled() and output.requires_grad):
+        if not (self.gathering and self._model.training and torch.is_grad_enabled() and output.requires_grad):
             return
         x = x.detach()
-        calls.begin(layer.positions(output))
+        if not calls.begin(layer.positions(output)):
+            return
         if not isinstance(layer, NormalizationLayer):
             samples = len(x) * (layer.positions(output) if self.loss_average == "positions" else 1)
             alpha = 1 / max(1, self.accumulation_steps * samples)
@@ -202,30 +210,39 @@ class KFAC(Preconditioner):
                 self.fisher.add_inputs(
                     i, lambda total, beta: layer.add_inputs(total, x, Add(beta, alpha, self.refused))
                 )
-        output.register_hook(lambda gradient: self._on_backward(i, x, gradient))  # type: ignore[no-untyped-call]
+        # Inputs outlive the forward pass only where they are needed again.
+        kept = x if isinstance(layer, NormalizationLayer) or self.fisher.eigen_correction else None
+        samples = len(x)
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: self._on_backward(i, samples, kept, gradient)
+        )
 
-    def _on_backward(self, i: int, x: Tensor, gradient: Tensor) -> None:
+    def _on_backward(self, i: int, samples: int, x: Tensor | None, gradient: Tensor) -> None:
         if self._sampling != (self.fisher_type == "mc"):
             return
         layer, gradient = self._layers[i], gradient.detach()
-        positions = self._calls[i].end()
-        samples = len(x)
-        if self.loss_average == "positions":
-            samples, positions = samples * positions, 1
+        positions = max(1, self._calls[i].end())
+        by_position = self.loss_average == "positions"
+        if by_position:  # those of this call count as samples
+            own = max(1, layer.positions(gradient))
+            samples, positions = samples * own, max(1, positions // own)
         # With c what arrives here, g = steps N c for a mean and g = c for a sum; the sum over g g^T / (steps N S) is
         # due.
         steps = self.accumulation_steps * samples
         scale = steps if self.loss_average != "sum" else 1 / max(1, steps)
         with torch.no_grad():
             if isinstance(layer, NormalizationLayer):
+                assert x is not None
+                rows = layer.block_rows(x, gradient, by_position)
                 self.fisher.add_inputs(
-                    i, lambda total, beta: layer.add_block(total, x, gradient, Add(beta, scale, self.refused))
+                    i, lambda total, beta: layer.add_block(total, rows, Add(beta, scale, self.refused))
                 )
             self.fisher.add_outputs(
                 i,
                 lambda total, beta: layer.add_outputs(total, gradient, Add(beta, scale / positions, self.refused)),
             )
             if self.fisher.eigen_correction and not isinstance(layer, NormalizationLayer):
+                assert x is not None
                 self.fisher.add_moments(i, *layer.rows(x, gradient), scale)
 
     @property
@@ -242,7 +259,7 @@ class KFAC(Preconditioner):
             ValueError: a hyper-parameter's function returned a value out of range. Nothing changes.
         """
         damping, decay = self._at_step("damping"), self._decay()
-        clip = None if self.kl_clip is None else self._at_step("kl_clip") / self._at_step("lr") ** 2
+        clip = self._clip()
         if not damping > 0:
             raise ValueError(f"damping: expected a positive number, got {damping}")
         self.fisher.damping, self.fisher.factor_decay = damping, decay
@@ -257,7 +274,7 @@ class KFAC(Preconditioner):
         updates = self.fisher.ihvp(gradients)
         if clip is not None:
             product = torch.stack([(u * g).sum() for u, g in zip(updates, gradients, strict=True)]).sum()
-            torch._foreach_mul_(updates, (clip / product).sqrt().clamp(max=1.0))
+            torch._foreach_mul_(updates, (clip / product.clamp(min=0)).sqrt().clamp(max=1.0))
         for layer, update in zip(self._layers, updates, strict=True):
             layer.assign(update)
         self.steps += 1
@@ -268,6 +285,17 @@ class KFAC(Preconditioner):
             return None
         scale = self.scaler._get_scale_async()
         return None if scale is None else scale.double().reciprocal().square()
+
+    def _clip(self) -> float | None:
+        """What bounds <u, gradient>; None: nothing does, as where the learning rate is 0."""
+        if self.kl_clip is None:
+            return None
+        kl_clip, lr = self._at_step("kl_clip"), self._at_step("lr")
+        if not kl_clip > 0:
+            raise ValueError(f"kl_clip: expected a positive number or None, got {kl_clip}")
+        if not lr >= 0:
+            raise ValueError(f"lr: expected a number >= 0, got {lr}")
+        return kl_clip / lr**2 if lr > 0 else None
 
     def _decay(self) -> float:
         decay = self._at_step("factor_decay")
@@ -290,14 +318,15 @@ class KFAC(Preconditioner):
 
 
 class _Capture:
-    """A forward hook that ``torch.compile`` leaves to the interpreter. Holds the preconditioner, not the model."""
+    """A forward hook that ``torch.compile`` leaves to the interpreter."""
 
     def __init__(self, preconditioner: KFAC, layer: int) -> None:
         self.preconditioner, self.layer = preconditioner, layer
 
     @torch.compiler.disable
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
-        self.preconditioner._on_forward(self.layer, arguments[0], output)
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
+        x = arguments[0] if arguments else next(iter(keywords.values()))
+        self.preconditioner._on_forward(self.layer, x, output)
 
 
 class _Calls:
@@ -307,12 +336,18 @@ class _Calls:
         self.reset()
 
     def reset(self) -> None:
-        self.positions, self.returned = 0, False
+        self.positions, self.returned, self.recomputed = 0, False, True
 
-    def begin(self, positions: int) -> None:
-        if self.returned:  # the backward pass of an earlier batch is behind us
+    def begin(self, positions: int) -> bool:
+        """Whether this call counts: not so if a backward pass repeats a call that has been counted (checkpointing)."""
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not self.recomputed:
+            return False
+        if self.returned and not in_backward:  # the backward pass of an earlier batch is behind us
             self.reset()
         self.positions += positions
+        self.recomputed = in_backward
+        return True
 
     def end(self) -> int:
         self.returned = True

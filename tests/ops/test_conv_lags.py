@@ -385,9 +385,10 @@ def test_chunks_of_samples(fft, instruction_set):
     assert flag.all() and torch.equal(whole, before)
 
 
+@pytest.mark.parametrize("fft", WAYS)
 @pytest.mark.parametrize("layout", ["channels first", "channels last", "strided"])
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
-def test_the_ends_of_many_samples_are_looked_at(last, layout, instruction_set, device):
+def test_the_ends_of_many_samples_are_looked_at(last, layout, fft, instruction_set, device):
     """More samples than the frequencies take at a time, a ragged number of elements."""
     conv = replace(RESNET, n=17, channels=3, image=(5, 7), seed=0)
     x = conv.input(torch.float32)
@@ -402,7 +403,7 @@ def test_the_ends_of_many_samples_are_looked_at(last, layout, instruction_set, d
         if spoiled:
             x[(-1 if last else 0,) * 4] = float("inf")
         flag = torch.zeros(1, dtype=torch.int32, device=device)
-        conv.lags_(state, x.to(device), refused=flag, fft=True)
+        conv.lags_(state, x.to(device), refused=flag, fft=fft)
         assert flag.tolist() == [int(spoiled)]
         assert bool(state.isfinite().all())
 

@@ -1,4 +1,7 @@
-"""One rank of test_kfac_distributed.py: python kfac_rank.py RANK RANKS RENDEZVOUS STYLE BAD_AT OUT."""
+"""One rank of test_kfac_distributed.py: python kfac_rank.py RANK RANKS RENDEZVOUS STYLE BAD_AT OUT.
+
+BAD_AT: the step at which rank 0 has a batch that is not finite; -1: none; "rests": other ranks call half of a model.
+"""
 
 from __future__ import annotations
 
@@ -41,11 +44,32 @@ def train(model: nn.Module, style: str, rank: int, ranks: int, bad_at: int = -1)
     return p
 
 
-def main(rank: int, ranks: int, rendezvous: str, style: str, bad_at: int, out: str) -> None:
+def factors_of_half_a_model(rank: int, style: str) -> list[Tensor]:
+    """After two batches, of which ranks other than 0 put the second through the first layer alone."""
+    first, last = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
+    p = mk.KFAC(
+        nn.ModuleList([first, last]),
+        damping_style=style,
+        eigen_correction=style == "exact",
+        factor_decay=0.0,
+        inv_update_steps=9,
+    )
+    for step in range(2):
+        x = torch.full((4, 3), 100.0 if step == 0 else 1.0 + rank, dtype=torch.float64)
+        (first(x).sum() + (last(x).sum() if step == 0 or rank == 0 else 0)).backward()
+        p.step()
+    return [f for i in range(2) for f in p.fisher.factors(i)] + getattr(p.fisher._inverses, "moments", [])
+
+
+def main(rank: int, ranks: int, rendezvous: str, style: str, bad_at: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
+    if bad_at == "rests":
+        torch.save(factors_of_half_a_model(rank, style), out)
+        dist.barrier()
+        os._exit(0)
     model = nn.parallel.DistributedDataParallel(build())
-    p = train(model, style, rank, ranks, bad_at)
+    p = train(model, style, rank, ranks, int(bad_at))
     weights = [q.detach() for q in model.parameters()]
     torch.save({"weights": weights, "seen": p.fisher.seen, "skipped": p.fisher.skipped}, out)
     dist.barrier()
@@ -54,4 +78,4 @@ def main(rank: int, ranks: int, rendezvous: str, style: str, bad_at: int, out: s
 
 if __name__ == "__main__":
     rank, ranks, rendezvous, style, bad_at, out = sys.argv[1:]
-    main(int(rank), int(ranks), rendezvous, style, int(bad_at), out)
+    main(int(rank), int(ranks), rendezvous, style, bad_at, out)

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import mfac_kernels as mk
@@ -485,7 +486,7 @@ def test_what_is_left_alone_is_listed_once():
     with pytest.warns(UserWarning, match="KFAC leaves") as caught:
         p = kfac(net)
     assert len(caught) == 1
-    assert set(p.skipped_layers) == {"", "attention", "attention.out_proj", "head"}
+    assert set(p.skipped_layers) == {"", "attention", "attention.out_proj", "embed", "head"}
     for word in ("MultiheadAttention", "shares parameters with embed"):
         assert word in str(caught[0].message)
     tokens = torch.tensor([[0, 1, 2], [3, 4, 0]])
@@ -612,18 +613,208 @@ def test_grad_scaler():
         torch.testing.assert_close(scaled, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_a_bad_batch_without_a_scaler_is_skipped():
+def test_a_loss_scale_that_changes_does_not_show_in_any_block():
+    x = seeded(5, 3, dtype=torch.float32)
+
+    def blocks(scales: list[float]) -> list[Tensor]:
+        net = network(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)).float()
+        scaler = torch.amp.GradScaler("cpu", enabled=True)
+        p = kfac(net, scaler=scaler)
+        for scale in scales:
+            scaler._scale = torch.tensor(scale)
+            net.zero_grad()
+            scaler.scale(mse(net(x), torch.ones(5, 2))).backward()
+            p.step()
+        return [torch.kron(b, a) for i in range(3) for a, b in zip(*p.fisher.factors(i), strict=False)]
+
+    for changing, constant in zip(blocks([65536.0, 1024.0, 1.0]), blocks([1.0] * 3), strict=True):
+        torch.testing.assert_close(changing, constant, rtol=1e-5, atol=1e-7)
+
+
+def test_what_has_seen_no_batch_keeps_its_gradient():
+    """The first batch overflows, and the inverses are not renewed at once."""
+    for options in ({}, {"damping_style": "exact"}):
+        net = network(nn.Linear(3, 2))
+        p = kfac(net, inv_update_steps=5, **options)
+        run(net, p, torch.full((4, 3), float("nan"), dtype=F64))
+        net.zero_grad()
+        mse(net(seeded(4, 3)), torch.zeros(4, 2)).backward()
+        gradient = net[0].weight.grad.clone()
+        p.step()
+        torch.testing.assert_close(net[0].weight.grad, gradient)
+
+
+@pytest.mark.parametrize("options", [{}, {"damping_style": "exact", "eigen_correction": True, "inv_update_steps": 5}])
+def test_a_bad_batch_without_a_scaler_is_skipped(options):
     net = network(nn.Linear(3, 2))
-    p = kfac(net)
+    p = kfac(net, **options)
     run(net, p, seeded(4, 3))
-    kept = copy.deepcopy(p.state_dict()["fisher"]["stacks"])
+    kept = copy.deepcopy(p.state_dict()["fisher"])
     x = seeded(4, 3)
     x[0, 0] = float("nan")
     run(net, p, x)
-    for mine, theirs in zip(p.state_dict()["fisher"]["stacks"], kept, strict=True):
+    for mine, theirs in zip(p.state_dict()["fisher"]["stacks"], kept["stacks"], strict=True):
         assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+    for mine, theirs in zip(p.fisher.state_dict()["inverses"].values(), kept["inverses"].values(), strict=True):
+        assert all(map(torch.equal, mine, theirs))
     assert p.diagnostics()["skipped"] == 1
     assert bool(net[0].weight.grad.isnan().any()), "nothing is hidden"
+
+
+# ---- how modules are used --------------------------------------------------------------------------------------------
+
+
+def test_moments_of_what_is_not_called_stay():
+    """Between inversions: of a layer that rests, and of a normalization layer, whose block needs no correction."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.resting, self.last = network(
+                nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2)
+            )
+            self.rests = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.first(x))
+            return self.last(x if self.rests else self.resting(x))
+
+    net, x = Net(), seeded(6, 3)
+    p = kfac(net, damping_style="exact", eigen_correction=True, inv_update_steps=100, factor_decay=0.5)
+    updates = []
+    for step in range(4):
+        net.rests = step > 1
+        run(net, p, x)
+        updates.append((net.norm.weight.grad.clone(), [m.clone() for m in p.fisher._inverses.moments]))
+    for _, moments in updates[2:]:
+        assert any(torch.equal(a, b) for a, b in zip(moments, updates[1][1], strict=True))
+    rested = p.fisher._place[[layer.name for layer in p._layers].index("resting")]
+    norm = p.fisher._place[[layer.name for layer in p._layers].index("norm")]
+    for stack, row in (rested, norm):
+        i = p.fisher._stacks.index(stack)
+        assert torch.equal(updates[3][1][i][row], updates[1][1][i][row])
+
+
+def test_moments_of_reduced_rows():
+    """One sample: the moments of its summed rows are the eigenvalues of its factors, whose basis they are in."""
+    net, x = network(nn.Linear(3, 2)), seeded(1, 5, 3)
+    p = kfac(
+        net,
+        approximation="reduce",
+        damping_style="exact",
+        eigen_correction=True,
+        inv_update_steps=100,
+        factor_decay=0.0,
+    )
+    sums = []
+    for _ in range(2):
+        run(net, p, x, lambda y: mse(y.sum(1), torch.ones(1, 2, dtype=F64)))
+        sums.append(p.fisher._inverses.moments[0].sum())
+    torch.testing.assert_close(sums[1], sums[0])
+
+
+def test_sampling_leaves_every_gradient_as_it_was():
+    net = network(nn.Linear(3, 4), nn.Linear(4, 2))
+    p = kfac(net, fisher_type="mc", skip_layers=["1"])
+    output = net(seeded(5, 3))
+    with p.sampling():
+        output.sum().backward(retain_graph=True)
+    assert all(q.grad is None for q in net.parameters())
+
+
+def test_no_learning_rate_no_clip():
+    x, results = seeded(5, 3), []
+    for options in ({"kl_clip": None}, {"kl_clip": 1e-9, "lr": lambda step: 0.1 * step}):
+        net = network(nn.Linear(3, 2))
+        p = mk.KFAC(net, 1e-2, **options)
+        run(net, p, x)
+        results.append(net[0].weight.grad.clone())
+    assert torch.equal(*results)
+    run(net, p, x)
+    assert float(net[0].weight.grad.norm()) < 1e-2 * float(results[0].norm())
+    for options, message in (
+        ({"kl_clip": -1.0}, "kl_clip: expected a positive"),
+        ({"lr": -0.1}, "lr: expected a number >= 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(net, mk.KFAC(net, 1e-2, **options), x)
+
+
+def test_positions_count_as_samples():
+    """Tokens of sequences against the same tokens as samples: every kind of layer, and one that is called twice."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = network(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.first(self.first(x).tanh())))
+
+    x, found = seeded(4, 5, 3), []
+    for tokens, average in ((x, "positions"), (x.flatten(0, 1), "batch")):
+        net = Net()
+        p = kfac(net, loss_average=average)
+        run(net, p, tokens, lambda y: 0.5 * (y - 1).square().sum() / 20)
+        found.append([layer_fisher(p, i) for i in range(3)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_counts_once(use_reentrant):
+    x, found = seeded(6, 3).requires_grad_(), []
+    for checkpointed in (False, True):
+        first, last = network(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)), network(nn.Linear(3, 2), seed=9)
+        net = nn.ModuleList([first, last])
+        p = kfac(net)
+        hidden = torch.utils.checkpoint.checkpoint(first, x, use_reentrant=use_reentrant) if checkpointed else first(x)
+        mse(last(hidden), torch.zeros(6, 2)).backward()
+        p.step()
+        found.append([layer_fisher(p, i) for i in range(3)])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_frozen_normalization_statistics():
+    """BatchNorm in evaluation mode inside a model that trains."""
+    net = network(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    p = kfac(net)
+    net[1].eval()
+    run(net, p, seeded(6, 3))
+    (blocks, _) = p.fisher.factors(1)
+    assert float(blocks.abs().amin(dim=(1, 2)).min()) > 0
+
+
+def test_freezing_later_and_keywords():
+    net = network(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    p = kfac(net)
+    for parameter in (net[0].weight, net[0].bias, net[1].bias):
+        parameter.requires_grad_(False)
+    for _ in range(2):
+        net.zero_grad()
+        mse(net[2](input=net[1](net[0](seeded(5, 3)))), torch.zeros(5, 2)).backward()
+        p.step()
+    assert net[0].weight.grad is None and bool(net[2].weight.grad.isfinite().all())
+    assert p.fisher.seen == p.steps == 2
+
+
+def test_a_copy_steps_on_its_own():
+    net, x = network(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), seeded(5, 3)
+    p = kfac(net)
+    run(net, p, x)
+    other, q = copy.deepcopy((net, p))
+    for n, r in ((net, p), (other, q)):
+        run(n, r, x)
+    assert p.steps == q.steps == 2
+    for a, b in zip(net.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+def test_a_weight_that_is_computed_is_left_alone():
+    with pytest.warns(UserWarning, match="0: its weight is computed from other parameters"):
+        p = kfac(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)), nn.Linear(3, 2)))
+    assert [layer.name for layer in p._layers] == ["1"]
 
 
 # ---- state ----------------------------------------------------------------------------------------------------------
@@ -680,6 +871,7 @@ BAD = [
     ({"group_size": 0}, ValueError, "input_block: expected at least 1, got 0"),
     ({"damping_style": "half"}, ValueError, "style: expected"),
     ({"eigen_correction": True}, ValueError, "eigen_correction: expected style"),
+    ({"eigen_correction": True, "spatial": "sua"}, ValueError, 'eigen_correction: expected spatial "full", got "sua"'),
 ]
 
 

@@ -18,7 +18,7 @@ kfac_rank = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(kfac_rank)
 
 
-def run_two(folder: Path, style: str, bad_at: int = -1) -> list[dict[str, Any]]:
+def run_two(folder: Path, style: str, bad_at: int | str = -1) -> list[Any]:
     outs = [folder / f"rank{rank}.pt" for rank in range(2)]
     ranks = [
         subprocess.Popen([sys.executable, RANK, str(rank), "2", folder / "rendezvous", style, str(bad_at), out])
@@ -47,3 +47,14 @@ def test_a_batch_that_one_rank_refuses_all_refuse(tmp_path):
     for a, b in zip(first["weights"], second["weights"], strict=True):
         assert torch.equal(a, b)
     assert all((rank["seen"], rank["skipped"]) == (kfac_rank.STEPS - 1, 1) for rank in (first, second))
+
+
+@pytest.mark.parametrize("style", ["factored", "exact"])
+def test_a_layer_that_one_rank_does_not_call(style, tmp_path):
+    """Its sums are those of the ranks that call it, on all of them."""
+    first, second = run_two(tmp_path, style, "rests")
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    inputs, resting = first[0], first[2]
+    assert torch.equal(resting, torch.ones_like(resting))  # of rank 0: inputs of 1 and the bias
+    assert float(inputs[0, 0, 0]) == (1 + 4) / 2
