@@ -173,6 +173,10 @@ def _info(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         raise _UserError(f"--device {arguments.device}: this torch finds no CUDA device")
+    try:
+        torch.zeros((), device=arguments.device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise _UserError(f"--device {arguments.device}: {str(error).splitlines()[0]}") from error
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     # Before the training, not after it: a folder that cannot be written to.

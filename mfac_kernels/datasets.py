@@ -27,6 +27,7 @@ import tarfile
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -355,7 +356,7 @@ def _folder_reader(folder: Path) -> Reader:
             if not path.is_file() and path.with_name(f"{name}.gz").is_file():
                 return gzip.decompress(path.with_name(f"{name}.gz").read_bytes())
             return path.read_bytes()
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DatasetUnavailable(f"cannot read {path}: {error}") from error
 
     return read

@@ -18,12 +18,13 @@ from mfac_kernels.ops.static import block_gram, block_inverse
 
 
 class PrimalBlocks:
-    """X (blocks, b, b): b^2 elements a block, in float32, or float64 for float64 gradients."""
+    """X (blocks, b, b) in float32; in float64 for float64 gradients, and once one is appended."""
 
     def __init__(self, rows: Rows, damping: float, ngrads: int) -> None:
         self._rows, self._damping, self._ngrads = rows, damping, ngrads
         parts = [self._invert(page, a) for a, _, page in rows.pages()]
         self._inverse = parts[0] if len(parts) == 1 else torch.cat(parts)
+        self._dtype = self._inverse.dtype
 
     def ihvp(self, x: Tensor) -> Tensor:
         """x (k, dim) -> (k, dim)."""
@@ -32,7 +33,7 @@ class PrimalBlocks:
         return y.transpose(0, 1).flatten(1)[:, : self._rows.dim].to(x.dtype)
 
     def diagonal(self) -> Tensor:
-        return self._inverse.diagonal(dim1=1, dim2=2).reshape(-1)[: self._rows.dim].clone()
+        return self._inverse.diagonal(dim1=1, dim2=2).reshape(-1)[: self._rows.dim].to(self._dtype, copy=True)
 
     def elements(self, i: Tensor, j: Tensor) -> Tensor:
         """Entries (i, j) of blocks that i and j share; meaningless where they do not."""
@@ -40,11 +41,15 @@ class PrimalBlocks:
         return self._inverse[i // b, i % b, j % b].to(torch.float64)
 
     def append(self, g: Tensor) -> None:
-        """Sherman-Morrison, the paper's recursion step in its b x b form: O(d b)."""
+        """Sherman-Morrison, the paper's recursion step in its b x b form: O(d b).
+
+        In float64: from I / damping down to the inverse of a full Fisher all but the last digits cancel.
+        """
+        self._inverse = self._inverse.double()
         row = self._by_block(g.to(self._inverse.dtype)[None])
         v = torch.bmm(row, self._inverse)
         q = self._ngrads + torch.bmm(row, v.mT)
-        self._inverse -= v.mT @ (v / q)
+        self._inverse = self._inverse - v.mT @ (v / q)
 
     def _by_block(self, x: Tensor) -> Tensor:
         """(k, dim) -> (blocks, k, b), zero-padded."""

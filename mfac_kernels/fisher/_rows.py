@@ -15,11 +15,14 @@ _PAGE_ELEMENTS = 1 << 26
 class Rows:
     """G (count, dim): the caller's tensor, never copied, and behind it the rows appended since.
 
-    Columns are visited page by page, whole curvature blocks of ``block_size`` columns at a time. Where the gradients
+    Columns are visited page by page, whole curvature blocks of ``block_size`` columns at a time; one block alone may be
+    cut, unless ``whole_blocks``. Where the gradients
     are on the computing device a page is a view; elsewhere a page is all that is copied there at any time.
     """
 
-    def __init__(self, grads: Tensor, device: torch.device, block_size: int, page_size: int | None) -> None:
+    def __init__(
+        self, grads: Tensor, device: torch.device, block_size: int, page_size: int | None, *, whole_blocks: bool = False
+    ) -> None:
         self.dim, self.dtype, self.device = grads.shape[1], grads.dtype, device
         self.block_size = min(block_size, self.dim)
         self._grads = grads
@@ -28,7 +31,7 @@ class Rows:
         if page_size is None:
             local = grads.device == device
             page_size = self.dim if local else _PAGE_ELEMENTS // max(1, grads.shape[0])
-        unit = 1 if self.block_size == self.dim else self.block_size
+        unit = 1 if self.block_size == self.dim and not whole_blocks else self.block_size
         self._page_size = max(1, page_size // unit) * unit
 
     @property

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,13 @@ class StaticFisher:
 
     so the precomputation is one Gram matrix and one Cholesky factorisation, and F^-1 x = (x - G^T K^-1 G x) / damping
     needs no V at all. The gradients are kept by reference: there is no second m x d array unless ``keep_vectors`` asks
-    for one, and the gradients must not change afterwards (a change made in place is detected). Extra memory: 16 m^2
-    bytes a block, and one page of columns where gradients are streamed to another device.
+    for one, and the gradients must not change afterwards (a change made in place, anywhere in their storage, is
+    detected). Extra memory: 16 m^2 bytes a block, and one page of columns where gradients are streamed to another
+    device.
 
     With ``block_size`` b the coordinates are cut into blocks of b (the last one ragged) with an independent Fisher
     each: F is then the masked, block-diagonal one. For b <= m each block is formed and inverted directly (b^2 elements
-    a block in float32, float64 for float64 gradients); for b > m as above, block by block.
+    a block in float32, float64 for float64 gradients or once one is appended); for b > m as above, block by block.
 
     Accuracy: products and entries are computed in float64 and rounded once, whatever the dtype of the gradients; the
     diagonal, and blocks with b <= m, in float32 (float64 for float64 gradients).
@@ -68,15 +71,17 @@ class StaticFisher:
         size = self.dim if block_size is None else _checks.positive_int("block_size", block_size)
         if page_size is not None:
             _checks.positive_int("page_size", page_size)
-        self._source, self._version = grads, _version(grads)  # kept by reference: a change must not pass unseen
+        self._source = grads.detach()  # kept by reference: a change must not pass unseen
+        self._version = _version(self._source)
         self._count = grads.shape[0]
+        primal = min(size, self.dim) <= max(self.ngrads, grads.shape[0])
         self._rows = Rows(
-            grads.detach(),
+            self._source,
             grads.device if device is None else torch.empty(0, device=device).device,
             size,
             page_size,
+            whole_blocks=primal,
         )
-        primal = self._rows.block_size <= max(self.ngrads, grads.shape[0])
         if primal and keep_vectors:
             raise ValueError(
                 f"keep_vectors: expected blocks wider than the {self.ngrads} gradients (narrower ones hold their "
@@ -173,6 +178,10 @@ class StaticFisher:
         self._check_unchanged()
         self._blocks.append(row)
         self._count += 1
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._version = _version(self._source)  # of a copy, which counts from its own beginning
 
     def _check_unchanged(self) -> None:
         if _version(self._source) != self._version:

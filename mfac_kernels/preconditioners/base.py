@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, SupportsFloat
+
+from torch import Tensor
 
 Hyperparameter = float | Callable[[int], float]
 """A number, or a function of the step number (0 for the first step)."""
@@ -45,3 +47,12 @@ class Preconditioner(ABC):
         if isinstance(number, (bool, str)) or not isinstance(number, SupportsFloat):
             raise TypeError(f"{name}: expected a number or a function of the step, got {number!r}")
         return float(number)
+
+
+def own_gradients(parameters: Iterable[Tensor]) -> None:
+    """Copy gradients whose elements share memory, as those of a sum do: they cannot be written to."""
+    for p in parameters:
+        if p.grad is None or p.grad.is_sparse:
+            continue
+        if any(stride == 0 and size > 1 for stride, size in zip(p.grad.stride(), p.grad.shape, strict=True)):
+            p.grad = p.grad.contiguous()

@@ -27,7 +27,7 @@ from mfac_kernels.preconditioners._layers import (
     Spatial,
     find_layers,
 )
-from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner
+from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner, own_gradients
 
 LossAverage = Literal["batch", "positions", "sum"]
 
@@ -262,6 +262,7 @@ class KFAC(Preconditioner):
         clip = self._clip()
         if not damping > 0:
             raise ValueError(f"damping: expected a positive number, got {damping}")
+        own_gradients(p for layer in self._layers for p in layer.module.parameters(recurse=False))
         self.fisher.damping, self.fisher.factor_decay = damping, decay
         if self.gathering:
             average_sums(self.fisher)

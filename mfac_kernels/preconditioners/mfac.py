@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mfac_kernels.fisher._state import check_entries, check_like
 from mfac_kernels.fisher.window import FisherWindow
-from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner
+from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner, own_gradients
 
 Mode = Literal["coupled", "decoupled"]
 
@@ -108,6 +108,7 @@ class MFAC(Preconditioner):
         for window in self._windows:
             window.check_parameters()
         for window in self._windows:
+            own_gradients(window.params)
             window.fisher.damping = damping
             self._step_window(window, momentum, decay)
         self.steps += 1

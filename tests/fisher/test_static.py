@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -110,6 +113,48 @@ def test_pages_change_nothing(block_size, page_size, keep_vectors, gradients, de
         if block_size != 5:
             for got, want in zip(paged.vectors(), whole.vectors(), strict=True):
                 assert error(got, want) <= 1e-12
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 5, 6, 100])
+@pytest.mark.parametrize("block_size", [None, 6, 100])
+def test_pages_do_not_cut_a_narrow_block(block_size, page_size, gradients, device):
+    """One block, of fewer columns than there are gradients."""
+    g, x = gradients(10, 6, norm=3.0).to(device), gradients(3, 6, seed=1).to(device)
+    whole, paged = mk.StaticFisher(g, 0.1), mk.StaticFisher(g, 0.1, block_size=block_size, page_size=page_size)
+    every = torch.arange(6, device=device)
+    assert error(whole.submatrix(every), torch.linalg.inv(masked_fisher(g.cpu(), 0.1, 10, None))) <= 1e-10
+    for _ in range(2):
+        torch.testing.assert_close(paged.ihvp(x), whole.ihvp(x))
+        torch.testing.assert_close(paged.submatrix(every), whole.submatrix(every))
+        for static in (whole, paged):
+            static.append(g[0])
+
+
+@pytest.mark.parametrize("norm", [1.0, 10.0, 100.0])
+def test_narrow_blocks_from_nothing(norm, gradients, device):
+    """Every gradient appended, float32: as exact as all given, up to the conditioning that both have."""
+    n, d, b, damping = 64, 64, 16, 1e-5
+    g = gradients(n, d, norm=norm).float().to(device)
+    x = gradients(2, d, seed=1).float().to(device)
+    static = mk.StaticFisher(g[:0], damping, block_size=b, ngrads=n)
+    for row in g:
+        static.append(row)
+    fisher = masked_fisher(g.double().cpu(), damping, n, b)
+    want = torch.linalg.solve(fisher, x.double().cpu().mT).mT
+    assert error(static.ihvp(x), want) <= 1e-5
+    assert static.diagonal().dtype == torch.float32
+    assert float(static.diagonal().min()) > 0
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+def test_copies_answer(block_size, gradients):
+    g, x = torch.empty(11, 67, dtype=torch.float64), gradients(3, 67, seed=1)
+    for row, value in zip(g, gradients(11, 67), strict=True):
+        row.copy_(value)  # a change in place that came before
+    static = mk.StaticFisher(g, 0.1, block_size=block_size)
+    for other in (copy.deepcopy(static), pickle.loads(pickle.dumps(static))):
+        for got, want in zip(everything(other, x), everything(static, x), strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("block_size", BLOCKS)

@@ -149,3 +149,18 @@ def test_a_step_is_captured(warm):
     for first, second in zip(*results, strict=True):
         assert bool(second.isfinite().all())
         assert not torch.equal(first, second)
+
+
+def test_gradients_that_share_memory(kind, device):
+    """Those of a sum: every element of a parameter's gradient is one number."""
+    results = []
+    for shares in (False, True):
+        net = network(device)
+        p = preconditioner(net, kind)
+        step(net, p, *batch(device, 0))
+        for parameter in net.parameters():
+            one = torch.ones((), dtype=F64, device=device).expand(parameter.shape)
+            parameter.grad = one if shares else one.contiguous()
+        p.step()
+        results.append([parameter.grad for parameter in net.parameters()])
+    assert_same(*results, rtol=0)
