@@ -91,16 +91,19 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
   return same;
 }
 
-// The bytes from a tensor's first element to its last, and whether all between are its own.
+// The bytes from a tensor's first element to its last, and whether all between are its own. Elements may be shared.
 struct Extent {
   const char *begin, *end;
   bool dense;
 
   explicit Extent(const Tensor& t) : begin(static_cast<const char*>(t.data_ptr())) {
-    int64_t last = 0;
-    for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+    int64_t last = 0, distinct = 1;
+    for (int64_t d = 0; d < t.dim(); ++d) {
+      last += (t.size(d) - 1) * t.stride(d);
+      if (t.stride(d) != 0) distinct *= t.size(d);
+    }
     end = begin + (last + 1) * static_cast<int64_t>(t.element_size());
-    dense = last + 1 == t.numel();
+    dense = last + 1 == distinct;
   }
 };
 

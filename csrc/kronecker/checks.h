@@ -138,9 +138,11 @@ inline Patches check_conv(const char* op, const Tensor& x, const std::vector<int
   for (int64_t i = 0; i < spatial; ++i) {
     Axis& axis = patches.axes[Patches::kAxes - spatial + i];
     axis = {x.size(2 + i), 1, kernel_size[i], stride[i], padding_before[i], dilation[i], x.stride(2 + i)};
-    const int64_t padded = axis.size + padding_before[i] + padding_after[i], reach = axis.dilation * (axis.kernel - 1) + 1;
-    check(padded >= reach, op, ": kernel_size: expected a kernel that fits into the padded input, got one of extent ", reach, " for ",
-          padded, " in dimension ", 2 + i);
+    const int64_t padded = axis.size + padding_before[i] + padding_after[i];
+    int64_t reach = 0;
+    const bool countable = !__builtin_mul_overflow(axis.dilation, axis.kernel - 1, &reach) && !__builtin_add_overflow(reach, 1, &reach);
+    check(countable && padded >= reach, op, ": kernel_size: expected a kernel that fits into the padded input, got one of extent ", reach,
+          " for ", padded, " in dimension ", 2 + i);
     axis.outputs = (padded - reach) / axis.stride + 1;
   }
   return patches;

@@ -17,8 +17,8 @@ class DirectSums {
     for (const Lag& lag : form.lags()) lags_.emplace_back(form, lag, panels.rows(), panels.columns(), which);
     runs_ = runs_of(lags_, state.groups * panels.blocks() * panels.blocks());
     const bool whole = panels.rows() * panels.columns() <= kBandPixels;
-    band_rows_ = whole ? panels.rows() : std::max<int64_t>(1, kBandPixels / panels.columns());
-    band_samples_ = whole ? std::max<int64_t>(1, kBandPixels / (panels.rows() * panels.columns())) : 1;
+    band_rows_ = whole ? std::max<int64_t>(1, panels.rows()) : std::max<int64_t>(1, kBandPixels / panels.columns());
+    band_samples_ = whole ? kBandPixels / std::max<int64_t>(1, panels.rows() * panels.columns()) : 1;
   }
 
   // state <- beta state + alpha (the sums of a packed chunk)

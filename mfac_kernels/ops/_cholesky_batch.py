@@ -52,6 +52,7 @@ class Batch:
         self.blocks = blocks
         self.out = out
         if out is not None:
+            self.damping = self.damping.clone()  # it may be a part of out
             if out.shape != blocks.shape:
                 wanted, got = shape_text(blocks.shape), shape_text(out.shape)
                 raise RuntimeError(f"{op}: out: expected shape {wanted}, got {got}")

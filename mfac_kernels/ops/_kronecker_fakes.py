@@ -160,5 +160,10 @@ def _(x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
     op = "cross_factor"
     _check_matrix(op, "x", x)
     _check_matrix(op, "y", y)
+    check(y.dtype == x.dtype, f"{op}: y: expected {type_text(x.dtype)}, as x has, got {type_text(y.dtype)}")
+    check(
+        y.shape[:-1] == x.shape[:-1],
+        f"{op}: y: expected the leading shape of x, got {shape_text(y.shape)} for x of shape {shape_text(x.shape)}",
+    )
     _check_weights(op, weights, x)
     return x.new_empty(x.shape[-1], y.shape[-1], dtype=accumulator(x))

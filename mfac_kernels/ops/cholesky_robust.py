@@ -101,7 +101,8 @@ def _repeat(
         failed = _ops.cholesky_inverse_(exact, blocks, trial.split_with_sizes(counts), failed)
         if _settled(failed):
             break
-        trial = torch.minimum(smallest * growth ** (attempt - 1), largest)
+        trial = torch.minimum(smallest, largest)
+        smallest = smallest * growth
     attempts = torch.where(failed == 0, attempts, torch.where(failed < 0, -1, -2))
     for result, inverse, codes in zip(results, exact, info.split_with_sizes(counts), strict=True):
         if result is not inverse:

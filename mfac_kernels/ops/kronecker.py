@@ -276,7 +276,8 @@ def _way(
         f'{op}: algorithm: expected "tiles" unless one or two dimensions, stride 1, full, expand and without '
         f'check_finite, got "{algorithm}"',
     )
-    if not compressible or (algorithm == "auto" and not _conv_cost.runs_on(x)):
+    long = math.prod(kernel) > _conv_cost.MOST_OFFSETS
+    if not compressible or (algorithm == "auto" and (long or not _conv_cost.runs_on(x))):
         return "tiles"
     # In the words of the one op that the user knows, before another sees them.
     _kronecker_fakes.check_conv("conv_factor_", x, *geometry, groups)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import mfac_kernels._library  # noqa: F401  (loads the ops)
-from mfac_kernels.ops._checks import check, check_dtype, check_rows, check_shape, check_state
+from mfac_kernels.ops._checks import FLOATS, check, check_dtype, check_rows, check_shape, check_state, type_text
 
 __all__ = [
     "core_insert_",
@@ -143,6 +143,7 @@ def _(
         coefficients.dim() == 3,
         f"{op}: coefficients: expected 3 dimensions, got shape {tuple(coefficients.shape)}",
     )
+    check(dtype in FLOATS, f"{op}: dtype: expected float32, float64, bfloat16 or float16, got {type_text(dtype)}")
     vectors = coefficients.shape[1]
     check_state(op, "coefficients", coefficients, torch.float64, (blocks, vectors, window.shape[0]))
     if x is not None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerShape, Lags
+from mfac_kernels.ops import _conv_cost
 
 Spatial = Literal["full", "sua"]
 Approximation = Literal["expand", "reduce"]
@@ -206,7 +207,7 @@ class ConvLayer(Layer):
         if (
             not plain
             or strided
-            or shape.offsets == 1
+            or not 1 < shape.offsets <= _conv_cost.MOST_OFFSETS
             or len(module.kernel_size) > 2
             or shape.input_factor[0] != shape.groups
         ):

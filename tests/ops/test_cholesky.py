@@ -823,3 +823,25 @@ WRONG = [
 def test_wrappers_say_what_is_wrong(call, message):
     with pytest.raises(RuntimeError, match=message):
         call()
+
+
+def test_damping_may_lie_in_out(device):
+    """A float64 damping is not copied for its type."""
+    blocks = torch.eye(4, dtype=torch.float64).repeat(50, 1, 1) * torch.arange(1, 51)[:, None, None]
+    blocks = blocks.to(device)
+    want = ops.cholesky_inverse(blocks, float(blocks[0, 0, 0]))
+    assert torch.equal(ops.cholesky_inverse(blocks, blocks[0, 0, 0], out=blocks), want)
+
+
+def test_one_block_with_many_dampings_is_no_part_of_out(device):
+    blocks = torch.eye(4).repeat(5, 1, 1).to(device)
+    with pytest.raises(RuntimeError, match="or memory apart from it, got a part of it"):
+        ops.cholesky_inverse(blocks[0], torch.ones(5, device=device), out=blocks)
+    assert torch.equal(blocks.cpu(), torch.eye(4).repeat(5, 1, 1))
+
+
+@pytest.mark.parametrize("growth", [1e160, 1e308])
+def test_dampings_that_grow_without_measure(growth, device):
+    bad = torch.diag(torch.tensor([1.0, -1e-3])).to(device)
+    found = ops.robust_cholesky_inverse([bad[None]], 1e-8, growth=growth)
+    assert bool(found.inverses[0].isfinite().all()) or int(found.attempts[0]) < 0

@@ -386,6 +386,26 @@ def test_chunks_of_samples(fft, instruction_set):
 
 
 @pytest.mark.parametrize("fft", WAYS)
+@pytest.mark.parametrize("image", [(5, 0), (0, 5), (0, 0)])
+@pytest.mark.parametrize("samples", [0, 1])
+def test_images_without_pixels(samples, image, fft, device):
+    """Patches of padding alone: no products, and as many ones as there are patches."""
+    x = torch.zeros(samples, 3, *image, device=device)
+    state = torch.full(ops.conv2d_lags_size(3, 3, padding=2, bias=True), float("nan"), device=device)
+    flag = torch.zeros(1, dtype=torch.int32, device=device)
+    ops.conv2d_lags_(state, x, 3, padding=2, bias=True, beta=0.0, check_finite=flag, algorithm="fft" if fft else "lags")
+    factor = torch.zeros(28, 28, device=device)
+    ops.conv2d_expand_(factor, state, 3, padding=2, bias=True)
+    want = torch.zeros(28, 28)
+    want[27, 27] = samples * (image[0] + 2) * (image[1] + 2)
+    assert torch.equal(factor.cpu(), want) and not flag.any()
+    for algorithm in ("auto", "tiles"):
+        again = torch.full((28, 28), float("nan"), device=device)
+        ops.conv2d_factor_(again, x, 3, padding=2, bias=True, beta=0.0, algorithm=algorithm)
+        assert torch.equal(again.cpu(), want)
+
+
+@pytest.mark.parametrize("fft", WAYS)
 @pytest.mark.parametrize("layout", ["channels first", "channels last", "strided"])
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
 def test_the_ends_of_many_samples_are_looked_at(last, layout, fft, instruction_set, device):

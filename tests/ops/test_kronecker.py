@@ -562,6 +562,8 @@ BAD = [
     ),
     ("embedding_factor_", (torch.zeros(5), ROWS, None, 1.0, 1.0), "indices: expected int32 or int64, got Float"),
     ("cross_factor", (ROWS, ROWS.long(), None), rf"y: {FLOATS} Long"),
+    ("cross_factor", (ROWS, ROWS.double(), None), "y: expected Float, as x has, got Double"),
+    ("cross_factor", (ROWS, ROWS[:1], None), "y: expected the leading shape of x, got"),
 ]
 
 
@@ -590,6 +592,21 @@ def test_errors_name_argument_expected_and_got(name, arguments, message, fake):
 def test_errors_of_the_python_surface(arguments, message):
     with pytest.raises(RuntimeError, match=f"conv2d_factor_: {message}"):
         ops.conv2d_factor_(torch.zeros(36, 36), IMAGES, 3, **arguments)
+
+
+def test_a_dilation_without_end():
+    with pytest.raises(RuntimeError, match="kernel_size: expected a kernel that fits into the padded input"):
+        ops.conv2d_factor_(torch.zeros(25, 25), torch.zeros(1, 1, 4, 4), 5, dilation=2**62, algorithm="tiles")
+
+
+@pytest.mark.skipif(SIMT, reason="there are tiles alone")
+def test_long_kernels_are_left_to_tiles():
+    """What the compressed form costs beside its sums grows with the square of the offsets."""
+    x = random((2, 1, 600), torch.float32, 0)
+    factors = [torch.zeros(200, 200) for _ in range(2)]
+    for factor, algorithm in zip(factors, ("auto", "tiles"), strict=True):
+        ops.conv1d_factor_(factor, x, 200, algorithm=algorithm)
+    assert torch.equal(*factors)
 
 
 def test_an_index_out_of_range():

@@ -297,3 +297,10 @@ def test_errors_name_argument_expected_and_got(name, arguments, message, fake, d
 
 def test_instruction_sets_are_all_there():
     assert mk.cpu_capability() in ("default", "avx2", "avx512")
+
+
+def test_blocks_as_large_as_a_number_can_be(device):
+    x = torch.randn(3, 5).to(device)
+    largest = 2**63 - 1
+    assert torch.equal(ops.window_dots(x, x, largest), ops.window_dots(x, x))
+    assert torch.equal(ops.block_gram(x, largest)[0], ops.gram(x))

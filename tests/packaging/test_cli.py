@@ -125,6 +125,8 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         f"train --data digits --budget 1e-6 --out {tmp_path}": "too small",
         f"train --data cifar10 --data-dir {tmp_path} --out {tmp_path}": "cifar-10-batches-py",
     }
+    cases[f"train --device nowhere --data digits --steps 1 --out {tmp_path}"] = "--device nowhere: "
+    cases[f"train --device meta --data digits --steps 1 --out {tmp_path}"] = "--device meta: "
     if not torch.cuda.is_available():
         cases[f"train --device cuda --out {tmp_path}"] = "finds no CUDA device"
     for command, message in cases.items():

@@ -217,6 +217,14 @@ def test_idx_files(tmp_path: Path, name: str, folder: str, compressed: bool) -> 
     assert data.train_labels.tolist() == list(range(6))
 
 
+def test_damaged_compressed_file(tmp_path: Path) -> None:
+    content = bytearray(gzip.compress(bytes(range(256)) * 20))
+    content[20:60] = b"\xff" * 40
+    (tmp_path / f"{datasets._IDX_FILES[0]}.gz").write_bytes(content)
+    with pytest.raises(DatasetUnavailable, match="cannot read"):
+        load("mnist", tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"\0\0\x0d\x01\0\0\0\0", b"\0\0\x08\x03\0\0", b"\0\0\x08\x01\0\0\0\x02\x01"])
 def test_damaged_idx_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / datasets._IDX_FILES[0]).write_bytes(content)
