@@ -42,7 +42,7 @@ def gram(g: Tensor, *, double_precision: bool = False) -> Tensor:
 
 def block_gram(g: Tensor, block_size: int, *, double_precision: bool = False) -> Tensor:
     """:func:`gram` of each block of ``block_size`` columns, the last one ragged: (m, d) -> (blocks, m, m) float64."""
-    s: Tensor = _ops.block_gram(g, block_size, double_precision)
+    s: Tensor = _ops.block_gram(g, min(block_size, max((1, *g.shape[-1:]))), double_precision)
     return s
 
 

@@ -49,7 +49,7 @@ def window_insert_(window: Tensor, state: Tensor, g: Tensor) -> Tensor:
 
 def window_dots(window: Tensor, x: Tensor, block_size: int | None = None) -> Tensor:
     """``x @ window.T`` per block of ``block_size`` columns: window (m, d), x (k, d) -> (blocks, k, m) float64."""
-    dots: Tensor = _ops.window_dots(window, x, block_size or max(1, window.shape[1]))
+    dots: Tensor = _ops.window_dots(window, x, _width(window, block_size))
     return dots
 
 
@@ -67,7 +67,7 @@ def window_combine(
 
     window (m, d); coefficients (blocks, k, m) float64; x (k, d) -> (k, d) in ``dtype`` (default: the window's).
     """
-    size = block_size or max(1, window.shape[1])
+    size = _width(window, block_size)
     out: Tensor = _ops.window_combine(window, coefficients, size, beta, x, alpha, dtype or window.dtype)
     return out
 
@@ -92,6 +92,12 @@ def core_solve(factor: Tensor, state: Tensor, b: Tensor, shift: float, per_gradi
 def core_refactor_(gram: Tensor, factor: Tensor, state: Tensor, shift: float, per_gradient: bool) -> None:
     """Rebuild ``factor`` from ``gram`` after the shift has changed: O(m^3), never fails."""
     _ops.core_refactor_(gram, factor, state, shift, per_gradient)
+
+
+def _width(window: Tensor, block_size: int | None) -> int:
+    """Columns of a block: no more than there are."""
+    dim = max(1, window.shape[1])
+    return dim if block_size is None else min(block_size, dim)
 
 
 @torch.library.register_fake("mfac_kernels::window_insert_")
