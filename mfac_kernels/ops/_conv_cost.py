@@ -24,9 +24,8 @@ from mfac_kernels._library import build_info
 from mfac_kernels.ops._lag_form import slots
 
 _FLOPS_PER_BYTE, _FLOPS_PER_PACKED = 12, 150
-MOST_OFFSETS = (
-    128  # of a kernel that is compressed: what a lag costs beside its sums grows with the square of their number
-)
+# Of a kernel that is compressed: what a lag costs beside its sums grows with the square of their number.
+MOST_OFFSETS = 128
 _VECTOR, _PANEL = 16, 32  # channels
 _CHUNK = 32  # samples that are transformed at a time
 _SIMT = build_info()["simt"]  # ops on the CPU are then those of the GPU

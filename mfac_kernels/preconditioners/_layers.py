@@ -132,13 +132,10 @@ class LinearLayer(Layer):
         ops.linear_factor_(total, gradient, beta=how.beta, alpha=alpha, check_finite=how.refused)
 
     def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        a = F.pad(x, (0, 1), value=1.0) if self.shape.bias else x
         if self.approximation == "reduce" and x.dim() > 2:
-            a, g = x.flatten(1, -2), gradient.flatten(1, -2).mean(1)[None]
-            if self.shape.bias:
-                a = F.pad(a, (0, 1), value=1.0)
-            return a.sum(1)[None], g
-        a, g = x.reshape(1, -1, x.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1])
-        return (F.pad(a, (0, 1), value=1.0) if self.shape.bias else a), g
+            a, gradient = a.flatten(1, -2).sum(1), gradient.flatten(1, -2).mean(1)
+        return a.reshape(1, -1, a.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1])
 
 
 class ConvLayer(Layer):
