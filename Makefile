@@ -120,14 +120,14 @@ torch_includes = $(shell $(bin)/python -c 'from torch.utils.cpp_extension import
 
 cuda-check: $(stamp)
 	mkdir -p build/cuda-check
-	for kernels in $(wildcard csrc/*/*.cu); do \
-	  $(NVCC) -std=c++20 -O3 -Icsrc -Werror all-warnings -Xptxas -v -c $$kernels -o build/cuda-check/$$(basename $$kernels).o \
+	for kernels in $(wildcard csrc/*/cuda/*.cu); do \
+	  $(NVCC) -std=c++20 -O3 -Icsrc -Werror all-warnings -Xptxas -v -c $$kernels -o build/cuda-check/$$(echo $$kernels | tr / .).o \
 	    $(foreach a,$(architectures),-gencode arch=compute_$(a),code=sm_$(a)) || exit; \
 	done >build/cuda-check/log 2>&1 || { cat build/cuda-check/log; exit 1; }
-	for glue in $(wildcard csrc/*/*_cuda.cpp); do \
+	for glue in $(wildcard csrc/*/cuda/*.cpp); do \
 	  $(NVCC) -std=c++20 -Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-Wno-psabi,-Werror -DUSE_CUDA -DTORCH_STABLE_ONLY \
 	    -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc $(addprefix -isystem ,$(torch_includes)) \
-	    -c $$glue -o build/cuda-check/$$(basename $$glue).o || exit; done
+	    -c $$glue -o build/cuda-check/$$(echo $$glue | tr / .).o || exit; done
 	$(bin)/python tools/cuda_resources.py <build/cuda-check/log
 
 cuda-wheel: $(stamp)

@@ -11,7 +11,7 @@ Environment variables:
                             unset: build them if torch has CUDA and its toolkit is found
     MFAC_KERNELS_WERROR     1: compiler warnings are errors
     MFAC_KERNELS_SANITIZE   1: AddressSanitizer and UndefinedBehaviorSanitizer, debug symbols
-    MFAC_KERNELS_SIMT       1: ops on the CPU run the CUDA kernels, as csrc/common/simt.h interprets them:
+    MFAC_KERNELS_SIMT       1: ops on the CPU run the CUDA kernels, as csrc/common/simt interprets them:
                             for tests; implies MFAC_KERNELS_CUDA=0
     CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS    as in torch.utils.cpp_extension
 """
@@ -47,7 +47,6 @@ except ModuleNotFoundError:  # torch's headers come with a copy
 
 ROOT = Path(__file__).resolve().parent
 OLDEST_TORCH = (2, 10)
-SIMT_RUNTIME = "csrc/common/simt.cpp"
 
 
 def flag(name: str) -> bool | None:
@@ -98,27 +97,19 @@ def choose_cuda() -> tuple[int, int] | None:
     return toolkit
 
 
-def sources(pattern: str) -> list[str]:
-    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
-
-
 def ops_sources(cuda: bool, simt: bool) -> list[str]:
-    """X_cuda.cpp is the glue of the kernels in X_kernels.cu; under SIMT it takes the place of X.cpp."""
-    glue, kernels = set(sources("csrc/*/*_cuda.cpp")), sources("csrc/*/*.cu")
-    chosen = set(sources("csrc/library.cpp")) | set(sources("csrc/*/*.cpp")) - glue - {SIMT_RUNTIME}
-    if cuda:
-        chosen |= {*glue, *kernels}
-    if simt:
-        chosen -= {path.replace("_cuda.cpp", ".cpp") for path in glue}
-        chosen |= {SIMT_RUNTIME, *glue, *map(as_cpp, kernels)}
-    return sorted(chosen)
+    """All of csrc but the rooms that this build leaves out: cuda/, or cpu/ where the interpreted CUDA kernels take its place."""
+    left_out = {"cpu"} if simt else {"simt"} if cuda else {"simt", "cuda"}
+    files = [path.relative_to(ROOT) for suffix in ("cpp", "cu") for path in (ROOT / "csrc").rglob(f"*.{suffix}")]
+    chosen = sorted(path for path in files if path.parent.name not in left_out and path.name != "module.cpp")
+    return [as_cpp(path) if simt and path.suffix == ".cu" else str(path) for path in chosen]
 
 
-def as_cpp(kernels: str) -> str:
+def as_cpp(kernels: Path) -> str:
     """A file that a C++ compiler takes for C++, with nothing in it but the kernels."""
     path = Path("build", "simt", "sources", kernels).with_suffix(".cpp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#include "{Path(kernels).relative_to("csrc")}"\n')
+    path.write_text(f'#include "{kernels.relative_to("csrc")}"\n')
     return str(path)
 
 

@@ -45,7 +45,7 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
 
   // The compressed form of a stride-1 convolution's factor, full and "expand": sums of products per lag and border, linear in the batch.
   // state (groups, size), float32, or float64 for float64 x: (slots, C, C) sums and, with a bias, (offsets, C) sums and the number of
-  // patches (csrc/kronecker/lags.h). conv_expand_: factor <- beta factor + alpha (what the state stands for), factor as above. fft: lags by
+  // patches (csrc/lags/form.h). conv_expand_: factor <- beta factor + alpha (what the state stands for), factor as above. fft: lags by
   // way of the frequencies where that is accurate.
   m.def(
       "conv_lags_(Tensor(a!) state, Tensor x, int[] kernel_size, int[] padding_before, int[] padding_after, int[] dilation, int groups, "

@@ -33,7 +33,7 @@ py::dict build_info() {
 
   py::list instruction_sets;
   instruction_sets.append("default");
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // as in common/for_each_isa.h
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)  // as in common/cpu/for_each_isa.h
   instruction_sets.append("avx2");
   instruction_sets.append("avx512");
 #endif

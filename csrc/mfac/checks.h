@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "common/checks.h"
+#include "common/sizes.h"
 #include "common/types.h"
 #include "mfac/device_rows.h"
 
@@ -28,8 +29,6 @@ struct Rows {
   DeviceRows on_device() const { return {data, dtype, rows, dim, stride}; }
   char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * item; }
 };
-
-inline int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }  // b may be as large as an int64_t is
 
 inline void check_block_size(const char* op, int64_t block_size) {
   check(block_size > 0, op, ": block_size: expected at least 1, got ", block_size);

@@ -1,7 +1,7 @@
 // Sums rows of a matrix under the SIMT shim, rightly or with a fault planted.
 #include <vector>
 
-#include "common/launch.h"
+#include "common/cuda/launch.h"
 #include "program.h"
 
 using namespace mfac_kernels;

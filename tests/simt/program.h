@@ -5,7 +5,7 @@
 #include <initializer_list>
 #include <string>
 
-#include "common/simt.h"
+#include "common/simt/simt.h"
 
 struct Case {
   const char* name;

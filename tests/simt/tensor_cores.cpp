@@ -2,8 +2,8 @@
 // spelled here as NVIDIA's documents spell them, element by element.
 #include <vector>
 
-#include "common/async_copy.cuh"
-#include "common/mma.cuh"
+#include "common/cuda/async_copy.cuh"
+#include "common/cuda/mma.cuh"
 #include "program.h"
 
 using namespace mfac_kernels;

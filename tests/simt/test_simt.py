@@ -66,7 +66,7 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if request.param == "ucontext":
         flags.append("-DMFAC_KERNELS_SIMT_UCONTEXT")
     for name in ("kernels", "tensor_cores"):
-        sources = [HERE / f"{name}.cpp", CSRC / "common" / "simt.cpp"]
+        sources = [HERE / f"{name}.cpp", CSRC / "common" / "simt" / "simt.cpp"]
         subprocess.run(["g++", *flags, f"-I{CSRC}", *sources, "-o", folder / name], check=True)
     return folder
 

@@ -1,0 +1,184 @@
+// Glue of the ops on symmetric positive definite blocks: checks, and the blocks of all batches dealt to threads, the costliest first.
+// Every sum is one thread's, in an order that depends on sizes alone: results are the same bit for bit whatever the number of threads.
+#include "cholesky/cpu/cholesky_kernels.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "cholesky/checks.h"
+#include "common/cpu/tasks.h"
+
+namespace mfac_kernels {
+namespace {
+
+Matrix matrix(const Batch& batch, int64_t b) { return {batch.at(b), batch.dtype, batch.row_stride, batch.column_stride}; }
+
+// A piece of work for one thread: items [begin, end) of a list
+struct Task {
+  size_t list;
+  int64_t begin, end;
+  double cost;
+};
+
+// Lists of `count(i)` items of `cost(i)` flops each in tasks that are worth their dispatch, the costliest first.
+template <class Count, class Cost>
+std::vector<Task> tasks_of(size_t lists, const Count& count, const Cost& cost) {
+  constexpr double kBundle = 1e6;
+  std::vector<Task> tasks;
+  for (size_t i = 0; i < lists; ++i) {
+    const int64_t run = std::max<int64_t>(1, static_cast<int64_t>(kBundle / (1 + cost(i))));
+    for (int64_t b = 0; b < count(i); b += run) {
+      const int64_t end = std::min(count(i), b + run);
+      tasks.push_back({i, b, end, static_cast<double>(end - b) * cost(i)});
+    }
+  }
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  return tasks;
+}
+
+void all_threads(int64_t count, void (*body)(int64_t i, const void* context), const void* context) {
+  for_each_task(count, [&](int64_t i) { body(i, context); });
+}
+
+double cube(int64_t n) { return static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(n); }
+
+// The blocks of all batches that have one size and one type of result
+struct SizeClass {
+  int64_t n;
+  DType dtype;
+  std::vector<const DampedBatch*> batches;
+  std::vector<int64_t> firsts;  // of each batch, among the blocks of this class
+  int64_t count = 0;
+
+  // The first one's batch, then its place there
+  std::pair<size_t, int64_t> find(int64_t block) const {
+    const auto batch = static_cast<size_t>(std::upper_bound(firsts.begin(), firsts.end(), block) - firsts.begin() - 1);
+    return {batch, block - firsts[batch]};
+  }
+};
+
+std::vector<SizeClass> size_classes(const std::vector<DampedBatch>& batches) {
+  std::vector<SizeClass> classes;
+  for (const DampedBatch& batch : batches) {
+    if (batch.blocks.count == 0) continue;
+    auto same = std::find_if(classes.begin(), classes.end(),
+                             [&](const SizeClass& c) { return c.n == batch.blocks.rows && c.dtype == batch.out.dtype; });
+    if (same == classes.end()) same = classes.insert(classes.end(), SizeClass{batch.blocks.rows, batch.out.dtype, {}, {}});
+    same->batches.push_back(&batch);
+    same->firsts.push_back(same->count);
+    same->count += batch.blocks.count;
+  }
+  return classes;
+}
+
+// How many of a class's blocks are computed at once: all of them alike, so that equal blocks have equal inverses, bit for bit. Few are
+// faster one by one, and large ones are worth a group only where all threads get groups.
+int64_t group_size(const SizeClass& of) {
+  const int64_t lanes = cholesky_kernels(of.dtype).lanes;
+  const int64_t fewest = of.n <= 16 ? 1 : of.n <= 32 ? lanes * 3 / 8 : of.n <= 64 ? lanes * 5 / 8 : 8 * lanes;
+  return of.n <= kInterleaved && of.count >= fewest ? lanes : 1;
+}
+
+// Large blocks, and those that are few, are computed one after the other, each by all threads.
+bool by_all_threads(const SizeClass& of) { return of.n >= 2048 || (of.n >= 512 && of.count < 8); }
+
+struct Kernel {
+  int64_t (*work)(int64_t n);
+  void (*run)(const Job&, int64_t n, void* work, Team);
+  void (*run_lanes)(const Job*, int64_t n, void* work);
+};
+
+// Every block of every batch; returns their codes.
+template <class Choose>
+Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
+                  const std::optional<Tensor>& only, const Choose& choose) {
+  const std::vector<DampedBatch> batches = check_damped_batches(op, out, blocks, damping, only);
+  check(!blocks.empty(), op, ": blocks: expected at least one tensor");
+  Tensor info = torch::stable::new_empty(blocks[0], {block_count(batches)}, ScalarType::Int);
+  auto* codes = static_cast<int32_t*>(info.mutable_data_ptr());
+  const auto* chosen = only ? static_cast<const int32_t*>(only->const_data_ptr()) : nullptr;
+  const std::vector<SizeClass> classes = size_classes(batches);
+  const auto run = [&](const SizeClass& of, int64_t begin, int64_t end, Team team) {  // groups [begin, end) of a class
+    const CholeskyKernels& kernels = cholesky_kernels(of.dtype);
+    const Kernel kernel = choose(kernels);
+    const int64_t lanes = group_size(of), last = std::min(of.count, end * lanes);
+    auto [batch, b] = of.find(begin * lanes);
+    for (int64_t first = begin * lanes; first < last; first += lanes) {
+      const int64_t group = std::min(lanes, last - first);
+      Job jobs[kMaxLanes];
+      int64_t count = 0;
+      for (int64_t i = 0; i < group; ++i, ++b) {
+        while (b == of.batches[batch]->blocks.count) ++batch, b = 0;
+        const DampedBatch& from = *of.batches[batch];
+        codes[from.first + b] = 0;
+        if (!chosen || chosen[from.first + b])
+          jobs[count++] = {matrix(from.blocks, b), matrix(from.out, b), from.damping[b * from.damping_stride], &codes[from.first + b]};
+      }
+      if (count == 0) continue;
+      if (lanes > 1) {
+        std::fill(jobs + count, jobs + kMaxLanes, jobs[0]);
+        kernel.run_lanes(jobs, of.n, scratch(kernels.lanes_work(of.n)));
+      } else {
+        for (int64_t i = 0; i < count; ++i) kernel.run(jobs[i], of.n, scratch(kernel.work(of.n)), team);
+      }
+    }
+  };
+  for (const SizeClass& of : classes)
+    if (by_all_threads(of)) run(of, 0, of.count, all_threads);
+  const auto tasks = tasks_of(
+      classes.size(),
+      [&](size_t i) { return by_all_threads(classes[i]) ? 0 : (classes[i].count + group_size(classes[i]) - 1) / group_size(classes[i]); },
+      [&](size_t i) { return cube(classes[i].n) * static_cast<double>(group_size(classes[i])); });
+  for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) { run(classes[tasks[t].list], tasks[t].begin, tasks[t].end, nullptr); });
+  return info;
+}
+
+Tensor cholesky_inverse_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
+  return run_blocks("cholesky_inverse_", out, blocks, damping, only,
+                    [](const CholeskyKernels& k) { return Kernel{k.inverse_work, k.inverse, k.inverse_lanes}; });
+}
+
+Tensor cholesky_factor_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
+  return run_blocks("cholesky_factor_", out, blocks, damping, only,
+                    [](const CholeskyKernels& k) { return Kernel{k.factor_work, k.factor, k.factor_lanes}; });
+}
+
+void cholesky_solve_(std::vector<Tensor> x, std::vector<Tensor> factors) {
+  constexpr int64_t kColumns = 256;  // of right-hand sides in a task: what packing the factor is worth
+  const std::vector<SolveBatch> batches = check_solve_batches("cholesky_solve_", x, factors);
+  const auto pieces = [&](size_t i) { return (batches[i].x.columns + kColumns - 1) / kColumns; };
+  const auto tasks = tasks_of(
+      batches.size(), [&](size_t i) { return batches[i].x.count * pieces(i); },
+      [&](size_t i) {
+        const double n = static_cast<double>(batches[i].x.rows);
+        return 2 * n * n * static_cast<double>(std::min(kColumns, batches[i].x.columns));
+      });
+  for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) {
+    const SolveBatch& batch = batches[tasks[t].list];
+    const int64_t n = batch.x.rows, split = pieces(tasks[t].list);
+    const CholeskyKernels& kernels = cholesky_kernels(batch.x.dtype);
+    for (int64_t i = tasks[t].begin; i < tasks[t].end; ++i) {
+      const int64_t first = i % split * kColumns;
+      Matrix columns = matrix(batch.x, i / split);
+      columns.data = static_cast<char*>(columns.data) + first * columns.column_stride * batch.x.item;
+      kernels.solve(matrix(batch.factors, i / split), n, columns, std::min(kColumns, batch.x.columns - first),
+                    scratch(kernels.solve_work(n)));
+    }
+  });
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, CPU, m) {
+  m.impl("cholesky_inverse_", TORCH_BOX(&cholesky_inverse_));
+  m.impl("cholesky_factor_", TORCH_BOX(&cholesky_factor_));
+  m.impl("cholesky_solve_", TORCH_BOX(&cholesky_solve_));
+}
+
+}  // namespace mfac_kernels

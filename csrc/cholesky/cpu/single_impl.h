@@ -1,0 +1,209 @@
+// One block of any strides at a time: its inverse, its factor L, and products with (L L^T)^-1, on square tiles (spd_tiles_impl.h).
+//
+// Floor of the factor: n^3 / 3 flops; of a solution: 2 n^2 for each right-hand side. Both are left-looking: tile row k of L^T is the
+// product of two contiguous panels of the rows above it, so every sum stays in registers over its whole length.
+
+// ---- between matrices and tiles -------------------------------------------------------------------------------------------------
+
+// tile = x[row :, column :] of a matrix (rows, columns), zero past its end
+template <class S>
+__attribute__((noinline)) void load_tile(const Matrix& x, int64_t rows, int64_t columns, int64_t row, int64_t column, S* tile) {
+  const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
+  with_type<S>(x, [&](const auto* data) {
+    data += row * x.row_stride + column * x.column_stride;
+    for (int64_t r = 0; r < height; ++r) load_row(data + r * x.row_stride, x.column_stride, width, kTile<S>, tile + r * kTile<S>);
+  });
+  __builtin_memset(tile + height * kTile<S>, 0, (kTile<S> - height) * kTile<S> * sizeof(S));
+}
+
+template <class S>
+__attribute__((noinline)) void store_tile(const S* tile, const Matrix& x, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
+  S* to = static_cast<S*>(x.data) + row * x.row_stride + column * x.column_stride;
+  for (int64_t r = 0; r < height; ++r) store_row(tile + r * kTile<S>, width, x.column_stride, to + r * x.row_stride);
+}
+
+// body(0) ... body(count - 1) by a team of threads, or by this one
+template <class Body>
+void for_each(Team team, int64_t count, const Body& body) {
+  if (team)
+    team(count, [](int64_t i, const void* f) { (*static_cast<const Body*>(f))(i); }, &body);
+  else
+    for (int64_t i = 0; i < count; ++i) body(i);
+}
+
+// The tiles of block + damping I (spd_tiles_impl.h), from its lower triangle, row after row. Returns whether all is finite.
+template <class S>
+bool load_spd_tiles(const Job& job, int64_t n, S* tiles, Team team) {
+  constexpr int64_t T = kTile<S>;
+  const Matrix& block = job.block;
+  for_each(team, tiles_of<S>(n), [&](int64_t i) {
+    const int64_t height = n - i * T < T ? n - i * T : T;
+    with_type<S>(block, [&](const auto* data) {
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t j = 0; j <= i; ++j)
+          load_row(data + (i * T + r) * block.row_stride + j * T * block.column_stride, block.column_stride, j < i ? T : height, T,
+                   tile_at(tiles, i, j) + r * T);
+    });
+    for (int64_t j = 0; j <= i; ++j) __builtin_memset(tile_at(tiles, i, j) + height * T, 0, (T - height) * T * sizeof(S));
+    alignas(64) S transposed[kTileArea<S>];
+    transpose_tile(tile_at(tiles, i, i), transposed);
+    mirror_upper(transposed, tile_at(tiles, i, i));
+  });
+  return spd_prepare(tiles, n, static_cast<S>(job.damping));
+}
+
+// ---- the inverse ----------------------------------------------------------------------------------------------------------------
+
+template <class S>
+int64_t inverse_work(int64_t n) {
+  return (spd_tiles_size<S>(n) + spd_work_size<S>(n)) * static_cast<int64_t>(sizeof(S));
+}
+
+template <class S>
+void inverse(const Job& job, int64_t n, void* work, Team team) {
+  S *tiles = static_cast<S*>(work), *rest = tiles + spd_tiles_size<S>(n);
+  const Matrix& out = job.out;
+  const auto each = [&](int64_t count, const auto& body) { for_each(team, count, body); };
+  const int64_t info = load_spd_tiles(job, n, tiles, team) ? spd_eliminate(tiles, n, rest, each) : -1;
+  *job.info = static_cast<int32_t>(info);
+  if (info != 0) return fill_nan<S>(out, n);
+  // The result is symmetric: columns next to each other serve as rows.
+  const Matrix rows = out.column_stride == 1 ? out : Matrix{out.data, out.dtype, out.column_stride, out.row_stride};
+  for_each(team, tiles_of<S>(n), [&](int64_t i) {
+    constexpr int64_t T = kTile<S>;
+    if (rows.column_stride == 1) return spd_store_negated_band(tiles, n, i, static_cast<S*>(rows.data), rows.row_stride);
+    for (int64_t j = 0; j <= i; ++j) {
+      alignas(64) S transposed[kTileArea<S>];
+      S* tile = tile_at(tiles, i, j);
+      for (int64_t v = 0; v < kTileArea<S>; v += kLanesOf<S>) store(tile + v, -load<Vec<S>>(tile + v));
+      transpose_tile(tile, transposed);
+      if (i == j)
+        mirror_upper(tile, transposed);
+      else
+        store_tile(tile, out, n, n, i * T, j * T);
+      store_tile(transposed, out, n, n, j * T, i * T);
+    }
+  });
+}
+
+// ---- the factor -----------------------------------------------------------------------------------------------------------------
+
+// Column panel j of U = L^T: rows [0, (j + 1) T) of columns [j T, (j + 1) T), contiguous.
+template <class S>
+MFAC_INLINE S* column_panel(S* panels, int64_t j) {
+  return panels + j * (j + 1) / 2 * kTileArea<S>;
+}
+
+template <class S>
+int64_t factor_work(int64_t n) {
+  return (2 * spd_tiles_size<S>(n) + 3 * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
+}
+
+template <class S>
+void factor(const Job& job, int64_t n, void* work, Team team) {
+  constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
+  S *tiles = static_cast<S*>(work), *panels = tiles + spd_tiles_size<S>(n), *row = panels + spd_tiles_size<S>(n);
+  S *inverse = row + kArea, *upper = inverse + kArea;
+  const Matrix& out = job.out;
+  const auto failed = [&](int64_t info) {
+    *job.info = static_cast<int32_t>(info);
+    fill_nan<S>(out, n);
+  };
+  if (!load_spd_tiles(job, n, tiles, team)) return failed(-1);
+  for (int64_t k = 0; k < tiles_of<S>(n); ++k) {
+    const S* above = column_panel(panels, k);
+    S* diagonal = column_panel(panels, k) + k * kArea;
+    multiply_tile(above, above, k * T, S(-1), tile_at(tiles, k, k), row, Part::upper);
+    if (const int64_t bad = factor_tile(row, inverse)) return failed(k * T + bad);
+    transpose_tile(inverse, upper);
+    // U = L^-1 A: of A's diagonal tile the upper half is all there is, and all of U that is not zero.
+    transpose_tile(row, diagonal);
+    mirror_upper(row, diagonal);
+    multiply_triangle(upper, diagonal, row);
+    for (int64_t r = 0; r < T; ++r)
+      for (int64_t c = 0; c < T; ++c) diagonal[r * T + c] = c >= r ? row[r * T + c] : S(0);
+    for_each(team, tiles_of<S>(n) - k - 1, [&](int64_t right) {
+      alignas(64) S rest[kArea];
+      S* panel = column_panel(panels, k + 1 + right);
+      transpose_tile(tile_at(tiles, k + 1 + right, k), rest);
+      multiply_tile(above, panel, k * T, S(-1), rest, rest, Part::full);
+      multiply_triangle(upper, rest, panel + k * kArea);
+    });
+  }
+  for_each(team, tiles_of<S>(n), [&](int64_t i) {
+    alignas(64) S tile[kArea];
+    for (int64_t j = 0; j < tiles_of<S>(n); ++j) {
+      if (j <= i)
+        transpose_tile(column_panel(panels, i) + j * kArea, tile);
+      else if (j == i + 1)
+        __builtin_memset(tile, 0, sizeof(tile));
+      store_tile(tile, out, n, n, i * T, j * T);
+    }
+  });
+  *job.info = 0;
+}
+
+// ---- solutions ------------------------------------------------------------------------------------------------------------------
+
+template <class S>
+int64_t solve_work(int64_t n) {
+  return (2 * spd_tiles_size<S>(n) + tiles_of<S>(n) * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
+}
+
+// x <- L^-1 x, tiles, given L^T; or L^-T x, given L. On the diagonal of either stand the reciprocals of L's.
+template <bool transposed, class S>
+__attribute__((noinline)) void substitute(const S* triangle, S* x) {
+  constexpr int64_t T = kTile<S>, R = kTileRows;
+  for (int64_t step = 0; step < T; step += R) {
+    const int64_t first = transposed ? T - R - step : step, solved = transposed ? first + R : 0;
+    Vec<S> sum[R][2] = {}, row[R][2];
+    multiply_rows(triangle + solved * T + first, T, x + solved * T, step, sum);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const int r = transposed ? R - 1 - i : i;
+      const S* factors = triangle + (first + r) * T + first;
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        S* at = x + (first + r) * T + v * kLanesOf<S>;
+        row[r][v] = (load<Vec<S>>(at) - sum[r][v]) * splat(factors[r]);
+        store(at, row[r][v]);
+      }
+#pragma GCC unroll 8
+      for (int q = transposed ? 0 : r + 1; q < (transposed ? r : R); ++q)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) sum[q][v] += splat(factors[q]) * row[r][v];
+    }
+  }
+}
+
+template <class S>
+void solve(const Matrix& factor, int64_t n, const Matrix& x, int64_t columns, void* work) {
+  constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
+  const int64_t count = tiles_of<S>(n);
+  S *panels = static_cast<S*>(work), *lower = panels + spd_tiles_size<S>(n), *solution = lower + spd_tiles_size<S>(n);
+  // Column panel j of L: rows [j T, count T), contiguous.
+  const auto lower_panel = [&](int64_t j) { return lower + (j * count - j * (j - 1) / 2) * kArea; };
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j <= i; ++j) {
+      S* tile = lower_panel(j) + (i - j) * kArea;
+      load_tile(factor, n, n, i * T, j * T, tile);
+      if (i == j)
+        for (int64_t r = 0; r < T; ++r) tile[r * (T + 1)] = i * T + r < n ? 1 / tile[r * (T + 1)] : 1;
+      transpose_tile(tile, column_panel(panels, i) + j * kArea);
+    }
+  for (int64_t first = 0; first < columns; first += T) {
+    for (int64_t i = 0; i < count; ++i) {
+      S *tile = solution + i * kArea, *u = column_panel(panels, i);
+      load_tile(x, n, columns, i * T, first, tile);
+      multiply_tile(u, solution, i * T, S(-1), tile, tile, Part::full);
+      substitute<false>(u + i * kArea, tile);
+    }
+    for (int64_t i = count - 1; i >= 0; --i) {
+      S *tile = solution + i * kArea, *l = lower_panel(i);
+      multiply_tile(l + kArea, tile + kArea, (count - 1 - i) * T, S(-1), tile, tile, Part::full);
+      substitute<true>(l, tile);
+      store_tile(tile, x, n, columns, i * T, first);
+    }
+  }
+}

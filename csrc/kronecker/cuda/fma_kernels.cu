@@ -1,0 +1,158 @@
+// Sums of products of the rows of a patch matrix P (R, D), which is never formed: the factor of a linear layer or a convolution.
+//
+//   C[i, j] = sum_r w[r] P[r, i] P[r, j]      (D, D), its diagonal blocks, or one per group of channels
+//
+// Floor: R D^2 flops in the lower triangle, multiply-adds in float32 (60 TFLOP/s on an H200) or float64; x read once. For a 3 x 3
+// convolution with 256 channels on 32 images of 14 x 14 (D = 2304, R = 6272) that is 0.56 ms of arithmetic and 2 us of memory: arithmetic
+// is the bound from D = 64 or so. Expected: 60-65 % of it with tiles of 128, 40 % with tiles of 64: of ten instructions of the loop seven
+// are multiply-adds and two address a patch.
+//
+// What makes it fast: im2col is address arithmetic, done while a tile goes to shared memory. Rows and columns of a tile are decoded into
+// tables, once per 256 rows and once per tile, so an element costs an addition, three comparisons if the image is padded, and a load that
+// neighbouring threads share: along columns if channels are neighbours in memory, else along rows. Loads of the next 8 rows are in flight
+// while these ones' 8 x 8 products per thread run. Only tiles of the lower triangle exist. Every 256 rows registers are added to the tile's
+// sums in the workspace, which keeps the digits of long sums; runs of rows have their own, and are added in order: no atomics.
+#include <type_traits>
+
+#include "kronecker/cuda/products.cuh"
+
+namespace mfac_kernels {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocks = 2;  // on an SM, at least: the registers must suffice
+constexpr int kDepth = 8;   // rows of P multiplied at a time
+constexpr int kSlab = 256;  // rows decoded at a time, one by each thread, and summed in registers
+static_assert(kSlab == kThreads && kSlab % kDepth == 0);
+
+template <class T>
+__device__ __forceinline__ T element(const Side& side, const T* data, const PatchRow& row, const PatchColumn<T>& column) {
+  T value = column.constant;
+  if (row.valid && column.has_element && (!side.padded || meets_image(side.patches, row, column))) value = data[row.offset + column.offset];
+  return value;
+}
+
+// blockIdx.x: tiles, innermost, and blocks of the factor; blockIdx.y: runs of rows. sums (splits, blocks, tiles, kTile, kTile)
+template <class T, int kTile, bool kCross>
+__global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Products p, Accumulator<T>* sums) {
+  using A = Accumulator<T>;
+  constexpr int kPer = kTile / 16;        // rows, and columns, of the tile that a thread sums
+  constexpr int kWide = 16 / sizeof(A);   // of which this many lie together
+  constexpr int kStride = kTile + kWide;  // rows are aligned; 8 rows of 4 columns meet every bank once
+  constexpr int kLoads = kDepth * kTile / kThreads;
+  MFAC_SHARED(A, stage, 2 * 2 * kDepth * kStride);  // (chunk, side, row, column)
+  MFAC_SHARED(PatchRow, rows, 2 * kSlab);
+  MFAC_SHARED(A, weights, kSlab);
+  MFAC_SHARED(PatchColumn<T>, columns, 2 * kTile);
+  const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread();
+  const int64_t block = blockIdx.x / p.cut.tiles, index = blockIdx.x % p.cut.tiles;
+  const TileIndex tile = kCross ? TileIndex{index / p.cut.tiles_across, index % p.cut.tiles_across} : lower_tile(index);
+  if (!kCross && !is_wanted(p, tile)) return;
+  const Side& b = kCross ? p.b : p.a;
+  const T* const data_a = static_cast<const T*>(p.a.patches.data) + block * p.a.block_offset;
+  const T* const data_b = static_cast<const T*>(b.patches.data) + block * b.block_offset;
+
+  const int64_t slabs = divide_up(p.rows, kSlab);
+  const int64_t begin = blockIdx.y * slabs / p.cut.splits * kSlab, end = min((blockIdx.y + 1) * slabs / p.cut.splits * kSlab, p.rows);
+  for (int i = thread; i < kTile; i += kThreads) {
+    columns[i] = column_of<T>(p.a, block, tile.row * kTile + i);
+    columns[kTile + i] = column_of<T>(b, block, tile.column * kTile + i);
+  }
+
+  // Where this thread's loads of a tile (kDepth, kTile) lie: the first, and from one to the next
+  const int row = p.along_rows ? thread % kDepth : thread / kTile, row_step = p.along_rows ? 0 : kThreads / kTile;
+  const int column = p.along_rows ? thread / kDepth : thread % kTile, column_step = p.along_rows ? kThreads / kDepth : 0;
+  T values[2][kLoads];
+  const auto load = [&](int chunk) {
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int r = chunk * kDepth + row + i * row_step, c = column + i * column_step;
+      values[0][i] = element(p.a, data_a, rows[r], columns[c]);
+      values[1][i] = element(b, data_b, rows[r + (kCross ? kSlab : 0)], columns[kTile + c]);
+    }
+  };
+  const auto store = [&](int chunk) {
+    const auto to = stage + chunk % 2 * 2 * kDepth * kStride;
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const int r = row + i * row_step, c = column + i * column_step;
+      to[r * kStride + c] = static_cast<A>(widen(values[0][i])) * weights[chunk * kDepth + r];
+      to[(kDepth + r) * kStride + c] = static_cast<A>(widen(values[1][i]));
+    }
+  };
+
+  // A warp's threads form 4 x 8 of the block's 16 x 16; packs of a thread are 16 packs apart.
+  const int ty = lane / 8 + warp / 2 * 4, tx = lane % 8 + warp % 2 * 8;
+  A* const tile_sums = sums + (blockIdx.y * int64_t(gridDim.x) + blockIdx.x) * kTile * kTile;
+  int64_t first = begin;
+  do {
+    rows[thread] = patch_row(p.a.patches, first + thread, end);
+    weights[thread] = weight_of<A>(p, first + thread, rows[thread]);
+    if (kCross) rows[kSlab + thread] = patch_row(p.b.patches, first + thread, end);
+    __syncthreads();
+    A sum[kPer][kPer] = {};
+    const auto chunks = static_cast<int>(divide_up(min(int64_t(kSlab), end - first), kDepth));
+    load(0);
+    store(0);
+    __syncthreads();
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const bool more = chunk + 1 < chunks;
+      if (more) load(chunk + 1);
+      const auto from = stage + chunk % 2 * 2 * kDepth * kStride;
+#pragma unroll 1  // more would not fit the registers; other warps hide the latency
+      for (int k = 0; k < kDepth; ++k) {
+        Pack<A, kWide> left[kPer / kWide], right[kPer / kWide];
+#pragma unroll
+        for (int g = 0; g < kPer / kWide; ++g) {
+          left[g] = load_pack<A, kWide>(from + (k * kStride + (16 * g + ty) * kWide));
+          right[g] = load_pack<A, kWide>(from + ((kDepth + k) * kStride + (16 * g + tx) * kWide));
+        }
+#pragma unroll
+        for (int i = 0; i < kPer; ++i)
+#pragma unroll
+          for (int j = 0; j < kPer; ++j) sum[i][j] += left[i / kWide].values[i % kWide] * right[j / kWide].values[j % kWide];
+      }
+      if (more) store(chunk + 1);
+      __syncthreads();
+    }
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) {
+      A* const to = tile_sums + ((16 * (i / kWide) + ty) * kWide + i % kWide) * kTile + tx * kWide;
+#pragma unroll
+      for (int g = 0; g < kPer / kWide; ++g) {
+        auto& pack = *reinterpret_cast<Pack<A, kWide>*>(to + 16 * g * kWide);
+        Pack<A, kWide> total = {};
+        if (first > begin) total = pack;
+#pragma unroll
+        for (int c = 0; c < kWide; ++c) total.values[c] += sum[i][g * kWide + c];
+        pack = total;
+      }
+    }
+    first += kSlab;
+  } while (first < end);
+}
+
+template <class T, bool kCross>
+cudaError_t launch_products(const Products& p, void* sums, cudaStream_t stream) {
+  auto* to = static_cast<Accumulator<T>*>(sums);
+  if constexpr (!std::is_same_v<T, double>)
+    if (p.cut.tile() == 128) return launch(products_kernel<T, 128, kCross>, p.cut.grid(), dim3(kThreads), 0, stream, p, to);
+  return launch(products_kernel<T, 64, kCross>, p.cut.grid(), dim3(kThreads), 0, stream, p, to);
+}
+
+}  // namespace
+
+cudaError_t fma_products(const Products& p, void* sums, cudaStream_t stream) {
+  const auto run = [&](auto element) {
+    using T = decltype(element);
+    return p.cut.cross ? launch_products<T, true>(p, sums, stream) : launch_products<T, false>(p, sums, stream);
+  };
+  switch (p.a.patches.dtype) {
+    case DType::f32: return run(float());
+    case DType::f64: return run(double());
+    case DType::bf16: return run(bf16());
+    default: return run(fp16());
+  }
+}
+
+}  // namespace mfac_kernels

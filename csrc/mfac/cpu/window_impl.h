@@ -1,0 +1,123 @@
+// The two passes over a window of gradients G (m, d), a chunk of columns at a time.
+//
+//   dots     D[v, i] = sum_j G[i, j] X[v, j]      (k, m)    pass 1
+//   combine  Y[v, j] = sum_i C[v, i] G[i, j]      (k, d)    pass 2
+//
+// Floor: both are bound by reading G once, m d sizeof(T) bytes; 2 k m d flops hide behind it up to about k = 8.
+// What makes them fast: several rows in flight and the next rows prefetched, so that memory never waits for the end of a row; the
+// chunk of X or Y stays in L2; elements are widened to float64 in registers. At DRAM speed the float64 arithmetic costs nothing, and
+// it is what lets F^-1 x = (x - G^T K^-1 G x) / damping keep its digits through the subtraction.
+
+// kRows x kVectors dot products over n columns. `ahead` rows further down are prefetched.
+template <class T, int kRows, int kVectors>
+MFAC_INLINE void dots_tile(const T* g, int64_t stride, int64_t n, const double* x, double* dots, int64_t rows, int64_t ahead) {
+  f64v sum[kRows][kVectors] = {};
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    f64v xv[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) xv[v] = load<f64v>(x + v * kWindowChunk + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const T* p = g + r * stride + j;
+      prefetch(p + ahead);
+      const f64v gv = widen(p);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += gv * xv[v];
+    }
+  }
+  if (j < n) {  // X is zero past n
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const f64v gv = widen_first(g + r * stride + j, n - j);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += gv * load<f64v>(x + v * kWindowChunk + j);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) dots[v * rows + r] += horizontal_sum(sum[r][v]);
+}
+
+// body<rows, vectors>(row, vector, ahead): kRows rows at a time, with four vectors at a time; ahead: elements to the rows that come next.
+template <int kRows, class Body>
+MFAC_INLINE void for_each_tile(int64_t rows, int64_t stride, int64_t k, const Body& body) {
+  const auto with_vectors = [&]<int kTogether>(int64_t i, int64_t ahead) {
+    int64_t v = 0;
+    for (; v + 4 <= k; v += 4) body.template operator()<kTogether, 4>(i, v, ahead);
+    for (; v < k; ++v) body.template operator()<kTogether, 1>(i, v, ahead);
+  };
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) with_vectors.template operator()<kRows>(i, i + 2 * kRows <= rows ? kRows * stride : 0);
+  for (; i < rows; ++i) with_vectors.template operator()<1>(i, 0);
+}
+
+template <class T>
+void dots(const void* window, int64_t stride, int64_t rows, int64_t n, const double* x, int64_t k, double* dots) {
+  const T* g = static_cast<const T*>(window);
+  for_each_tile<4>(rows, stride, k, [&]<int kRows, int kVectors>(int64_t i, int64_t v, int64_t ahead) {
+    dots_tile<T, kRows, kVectors>(g + i * stride, stride, n, x + v * kWindowChunk, dots + v * rows + i, rows, ahead);
+  });
+}
+
+template <class T, int kRows, int kVectors>
+MFAC_INLINE void combine_tile(const T* g, int64_t stride, int64_t n, const double* c, int64_t rows, double* y, int64_t ahead) {
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) {
+    f64v gv[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const T* p = g + r * stride + j;
+      prefetch(p + ahead);
+      gv[r] = widen(p);
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      f64v sum = load<f64v>(y + v * kWindowChunk + j);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum += c[v * rows + r] * gv[r];
+      store(y + v * kWindowChunk + j, sum);
+    }
+  }
+  if (j < n) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      f64v sum = load<f64v>(y + v * kWindowChunk + j);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) sum += c[v * rows + r] * widen_first(g + r * stride + j, n - j);
+      store(y + v * kWindowChunk + j, sum);
+    }
+  }
+}
+
+template <class T>
+void combine(const void* window, int64_t stride, int64_t rows, int64_t n, const double* c, int64_t k, double* y) {
+  const T* g = static_cast<const T*>(window);
+  for_each_tile<8>(rows, stride, k, [&]<int kRows, int kVectors>(int64_t i, int64_t v, int64_t ahead) {
+    combine_tile<T, kRows, kVectors>(g + i * stride, stride, n, c + v * rows + i, rows, y + v * kWindowChunk, ahead);
+  });
+}
+
+template <class T>
+void widen_all(const void* src, int64_t n, double* out) {
+  const T* p = static_cast<const T*>(src);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) store(out + j, widen(p + j));
+  if (j < n) narrow_first(out + j, widen_first(p + j, n - j), n - j);
+}
+
+template <class T>
+void narrow_all(const double* src, int64_t n, void* out) {
+  T* p = static_cast<T*>(out);
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes) narrow(p + j, load<f64v>(src + j));
+  if (j < n) narrow_first(p + j, widen_first(src + j, n - j), n - j);
+}
+
+template <class T>
+constexpr WindowKernels window_kernels_of() {
+  return {widen_all<T>, narrow_all<T>, dots<T>, combine<T>};
+}
+constexpr WindowKernels kWindowKernels[kDTypes] = {window_kernels_of<float>(), window_kernels_of<double>(), window_kernels_of<bf16>(),
+                                                   window_kernels_of<fp16>()};

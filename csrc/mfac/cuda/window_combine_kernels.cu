@@ -1,0 +1,116 @@
+// Pass 2 over a window of gradients G (m, d) on the device, k vectors at a time.
+//
+//   Y[v, j] = alpha X[v, j] + beta sum_i C[v, i] G[i, j]     (k, d)
+//
+// Floor and loads are those of pass 1 (window_dots_kernels.cu). The warps of a thread block share the rows, and add their sums once per
+// tile of columns.
+#include <algorithm>
+
+#include "common/sizes.h"
+#include "mfac/cuda/window_kernels.h"
+#include "mfac/cuda/window_steps.cuh"
+
+namespace mfac_kernels {
+namespace {
+
+struct CombineArguments {
+  DeviceRows window, x, out;  // x.data may be null
+  const double* coefficients;
+  int64_t block_size, tiles;  // tiles of one block of columns
+  double beta, alpha;
+};
+
+// sum += rows [i, i + kRows) times their coefficients, which are `rows` apart from vector to vector
+template <int kRows, int kVectors, bool kAligned, int kColumns, class T>
+__device__ __forceinline__ void combine_rows(const T* g, int64_t stride, int width, const double* const (&coefficients)[kVectors],
+                                             int64_t i, double (&sum)[kVectors][kColumns]) {
+  Pack<T, kColumns> pack[kRows];
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) pack[r] = load_step<kAligned, kColumns>(g + (i + r) * stride, width);
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    double value[kColumns];
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) value[c] = widen(pack[r].values[c]);
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const double coefficient = coefficients[v][i + r];
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) sum[v][c] += coefficient * value[c];
+    }
+  }
+}
+
+// This warp's share of the rows
+template <int kVectors, bool kAligned, int kColumns, class T>
+__device__ __forceinline__ void combine_warp(const T* g, int64_t stride, int64_t rows, int width,
+                                             const double* const (&coefficients)[kVectors], double (&sum)[kVectors][kColumns]) {
+  constexpr int kRows = WindowTile<T, kVectors>::kRows;
+  const int warp = warp_of_thread();
+  const int64_t whole = rows / kRows * kRows;
+  for (int64_t i = warp * kRows; i < whole; i += kWarps * kRows)
+    combine_rows<kRows, kVectors, kAligned>(g, stride, width, coefficients, i, sum);
+  if (whole + warp < rows) combine_rows<1, kVectors, kAligned>(g, stride, width, coefficients, whole + warp, sum);
+}
+
+// blockIdx.x: vectors, innermost, and tiles of columns. Rows are dealt to warps.
+template <class T, int kVectors>
+__global__ void __launch_bounds__(kThreads, kBlocks) combine_kernel(const CombineArguments a) {
+  using Tile = WindowTile<T, kVectors>;
+  static_assert(Tile::kRows <= kWarps);  // the rows that fill no group are dealt one to a warp
+  MFAC_SHARED(double, sums, kWarps * kVectors * Tile::kStep);
+  const int lane = lane_of_thread(), warp = warp_of_thread();
+  const int64_t groups = divide_up(a.out.rows, kVectors);
+  const int64_t first_vector = blockIdx.x % groups * kVectors, block = blockIdx.x / groups / a.tiles;
+  const int64_t first_column = block * a.block_size + blockIdx.x / groups % a.tiles * Tile::kStep;
+  const int64_t last_column = min((block + 1) * a.block_size, a.window.dim);
+  const int width = static_cast<int>(min(int64_t(Tile::kStep), last_column - first_column));
+  if (width <= 0) return;  // a ragged last block has fewer tiles
+
+  const double* coefficients[kVectors];
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+    coefficients[v] = a.coefficients + (block * a.out.rows + min(first_vector + v, a.out.rows - 1)) * a.window.rows;
+  const T* const g = static_cast<const T*>(a.window.data) + first_column;
+  const bool aligned = is_aligned<T, Tile::kColumns>(g, a.window.stride);
+  double sum[kVectors][Tile::kColumns] = {};
+  if (aligned)
+    combine_warp<kVectors, true>(g, a.window.stride, a.window.rows, width, coefficients, sum);
+  else
+    combine_warp<kVectors, false>(g, a.window.stride, a.window.rows, width, coefficients, sum);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+    for (int c = 0; c < Tile::kColumns; ++c) sums[(warp * kVectors + v) * Tile::kStep + c * kWarpSize + lane] = sum[v][c];
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < kVectors * Tile::kStep; i += kThreads) {
+    const int v = i / Tile::kStep, column = i % Tile::kStep;
+    if (first_vector + v >= a.out.rows || column >= width) continue;
+    double y = 0;
+    for (int w = 0; w < kWarps; ++w) y += sums[(w * kVectors + v) * Tile::kStep + position_of<Tile::kColumns>(column, aligned)];
+    y *= a.beta;
+    if (a.x.data) y += a.alpha * load_as(a.x.dtype, a.x.data, (first_vector + v) * a.x.stride + first_column + column);
+    store_as(a.out.dtype, y, a.out.data, (first_vector + v) * a.out.stride + first_column + column);
+  }
+}
+
+}  // namespace
+
+cudaError_t window_combine(const DeviceRows& window, const double* coefficients, int64_t block_size, double beta, const DeviceRows* x,
+                           double alpha, const DeviceRows& out, cudaStream_t stream) {
+  if (out.rows == 0 || out.dim == 0) return cudaSuccess;
+  const int64_t blocks = divide_up(window.dim, block_size);
+  return for_type(window.dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto launch_combine = [&]<int kVectors>() {
+      const int64_t tiles = divide_up(std::min(block_size, window.dim), WindowTile<T, kVectors>::kStep);
+      const CombineArguments arguments = {window, x ? *x : DeviceRows{}, out, coefficients, block_size, tiles, beta, alpha};
+      return launch(combine_kernel<T, kVectors>, dim3(static_cast<unsigned>(divide_up(out.rows, kVectors) * blocks * tiles)),
+                    dim3(kThreads), 0, stream, arguments);
+    };
+    return vectors_together(out.rows) == 1 ? launch_combine.template operator()<1>() : launch_combine.template operator()<kManyVectors>();
+  });
+}
+
+}  // namespace mfac_kernels
