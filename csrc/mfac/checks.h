@@ -61,7 +61,7 @@ inline void check_window_combine(const char* op, const Tensor& window, const Ten
                                  const std::optional<Tensor>& x) {
   check_rows(op, "window", window);
   check_block_size(op, block_size);
-  const int64_t dim = window.size(1), blocks = divide_up(dim, block_size);
+  const int64_t dim = window.size(1), blocks = block_count(dim, block_size);
   check(coefficients.dim() == 3, op, ": coefficients: expected 3 dimensions, got shape ", shape(coefficients));
   check_state(op, "coefficients", coefficients, ScalarType::Double, {blocks, coefficients.size(1), window.size(0)});
   if (x) {

@@ -17,7 +17,7 @@ namespace {
 std::tuple<Tensor, Tensor> block_inverse(const Tensor& g, int64_t block_size, double damping, double count) {
   const Rows rows = check_block_inverse("block_inverse", g, block_size, count);
   const StaticKernels& kernels = static_kernels(rows.dtype);
-  const int64_t blocks = divide_up(rows.dim, block_size);
+  const int64_t blocks = block_count(rows.dim, block_size);
   Tensor inverse = torch::stable::new_empty(g, {blocks, block_size, block_size}, inverse_type(rows.dtype));
   Tensor info = torch::stable::new_empty(g, {blocks}, ScalarType::Int);
   auto* out = static_cast<char*>(inverse.mutable_data_ptr());

@@ -19,7 +19,7 @@ struct GramTasks {
   int64_t blocks, row_blocks, rows, pairs, segments, count;
 
   GramTasks(const Rows& g, int64_t block_size)
-      : blocks(divide_up(g.dim, block_size)),
+      : blocks(block_count(g.dim, block_size)),
         row_blocks(std::max<int64_t>(1, divide_up(g.rows, kGramRows))),
         rows(divide_up(divide_up(g.rows, row_blocks), 16) * 16),
         pairs(row_blocks * (row_blocks + 1) / 2),

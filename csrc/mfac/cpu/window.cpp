@@ -28,7 +28,7 @@ struct Columns {
   Columns(int64_t dim, int64_t block_size)
       : dim(dim),
         block_size(block_size),
-        blocks(divide_up(dim, block_size)),
+        blocks(block_count(dim, block_size)),
         chunks((std::min(block_size, dim) + kWindowChunk - 1) / kWindowChunk),
         segments(std::clamp<int64_t>(64 / std::max<int64_t>(1, blocks), 1, std::max<int64_t>(1, chunks))) {}
 

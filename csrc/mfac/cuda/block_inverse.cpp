@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor> block_inverse_cuda(const Tensor& g, int64_t block_siz
   constexpr const char* op = "block_inverse";
   const Rows rows = check_block_inverse(op, g, block_size, count);
   const DeviceOf device(op, g);
-  const int64_t blocks = divide_up(rows.dim, block_size), whole = rows.dim / block_size, rest = rows.dim % block_size;
+  const int64_t blocks = block_count(rows.dim, block_size), whole = rows.dim / block_size, rest = rows.dim % block_size;
   Tensor inverse = uninitialised(g, {blocks, block_size, block_size}, inverse_type(rows.dtype));
   std::vector<Tensor> batches;
   if (whole > 0) batches.push_back(torch::stable::narrow(inverse, 0, 0, whole));

@@ -11,7 +11,7 @@ namespace {
 Tensor gram_of_blocks(const char* op, const Tensor& g, const DeviceRows& rows, int64_t block_size, bool double_precision) {
   const DeviceOf device(op, g);
   const int64_t segments = gram_segments(rows, block_size);
-  const Tensor grams = uninitialised(g, {divide_up(rows.dim, block_size), rows.rows, rows.rows}, ScalarType::Double);
+  const Tensor grams = uninitialised(g, {block_count(rows.dim, block_size), rows.rows, rows.rows}, ScalarType::Double);
   const Tensor partial = segments > 1 ? uninitialised(g, {segments * grams.numel()}, ScalarType::Double) : grams;
   device.check_launched(gram(rows, block_size, double_precision, doubles_of(partial), doubles_of(grams), device.stream()));
   return grams;

@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) combine_kernel(const Combin
 cudaError_t window_combine(const DeviceRows& window, const double* coefficients, int64_t block_size, double beta, const DeviceRows* x,
                            double alpha, const DeviceRows& out, cudaStream_t stream) {
   if (out.rows == 0 || out.dim == 0) return cudaSuccess;
-  const int64_t blocks = divide_up(window.dim, block_size);
+  const int64_t blocks = block_count(window.dim, block_size);
   return for_type(window.dtype, [&](auto element) {
     using T = decltype(element);
     const auto launch_combine = [&]<int kVectors>() {

@@ -194,7 +194,7 @@ cudaError_t launch_dots(const DotsArguments& a, int64_t blocks, cudaStream_t str
 }  // namespace
 
 WindowCut window_cut(int64_t dim, int64_t block_size, int64_t vectors) {
-  const int64_t blocks = divide_up(dim, block_size);
+  const int64_t blocks = block_count(dim, block_size);
   if (blocks == 0) return {0, 1};
   return {blocks, std::clamp<int64_t>(kManyBlocks / blocks, 1, chunks_of(dim, block_size, vectors))};
 }
