@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from mfac_kernels import datasets, training
+from mfac_kernels import training
+from mfac_kernels.training import datasets
 
 __all__ = ["main"]
 
