@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mfac_kernels.ops.conv_lags import conv2d_lags_size
+from mfac_kernels.ops.lags import conv2d_lags_size
 
 Arguments = tuple[Any, ...]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -10,7 +10,7 @@ as a dozen. n samples, c channels of a group rounded up to vectors of 16, K offs
 
 Sums over the frequencies run at a sixth of that rate, transforms at a tenth, thin border strips at a quarter; packing
 an element for the lags counts as 150.
-``benchmarks/bench_conv_lags.py`` measures whether the way chosen is the fastest.
+``benchmarks/bench_lags.py`` measures whether the way chosen is the fastest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mfac_kernels._library import build_info
-from mfac_kernels.ops._lag_form import slots
+from mfac_kernels.ops._lags_form import slots
 
 _FLOPS_PER_BYTE, _FLOPS_PER_PACKED = 12, 150
 # Of a kernel that is compressed: what a lag costs beside its sums grows with the square of their number.

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mfac_kernels.ops import _conv_cost, _kronecker_fakes, _lag_form
+from mfac_kernels.ops import _conv_cost, _kronecker_fakes, _lags_form
 from mfac_kernels.ops._checks import check
 
 __all__ = [
@@ -117,7 +117,7 @@ def conv2d_factor_(
     approximation: ``"expand"``, a row for each output position; or ``"reduce"``, one for each sample: its summed
         patches.
     algorithm: ``"tiles"`` for any geometry; ``"lags"`` and ``"fft"`` for stride 1, full, expand, see
-        :mod:`mfac_kernels.ops.conv_lags`; ``"auto"`` picks the fastest that is exact enough.
+        :mod:`mfac_kernels.ops.lags`; ``"auto"`` picks the fastest that is exact enough.
     """
     geometry = _geometry("conv2d_factor_", 2, kernel_size, stride, padding, dilation)
     return _conv_factor_(
@@ -226,7 +226,7 @@ def _conv_factor_(
     way = _way(op, factor, x, geometry, groups, bias, spatial, approximation, check_finite, algorithm)
     if way != "tiles":
         kernel, _, before, after, dilation = geometry
-        size = _lag_form.state_size(x.shape[1] // groups, kernel, before, after, dilation, bias)
+        size = _lags_form.state_size(x.shape[1] // groups, kernel, before, after, dilation, bias)
         state, form = factor.new_empty(groups, size), (kernel, before, after, dilation, groups, bias)
         _ops.conv_lags_(state, x, *form, way == "fft", 0.0, 1.0, None)
         _ops.conv_expand_(factor, state, *form, beta, alpha)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import mfac_kernels as mk
 from mfac_kernels import ops
-from mfac_kernels.reference import conv_lags as reference
 from mfac_kernels.reference import kronecker
+from mfac_kernels.reference import lags as reference
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SIMT = mk.build_info()["simt"]

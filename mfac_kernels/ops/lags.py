@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfac_kernels.ops import _conv_cost, _lag_form
+from mfac_kernels.ops import _conv_cost, _lags_form
 from mfac_kernels.ops._checks import check
 from mfac_kernels.ops.kronecker import Sizes, _flag, _geometry
 
@@ -42,7 +42,7 @@ def conv2d_lags_size(
         groups > 0 and channels % groups == 0,
         f"conv2d_lags_size: groups: expected a divisor of {channels} channels, got {groups}",
     )
-    return groups, _lag_form.state_size(channels // groups, kernel, before, after, dilations, bias)
+    return groups, _lags_form.state_size(channels // groups, kernel, before, after, dilations, bias)
 
 
 def conv2d_lags_(
