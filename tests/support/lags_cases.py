@@ -13,6 +13,9 @@ from torch import Tensor
 from mfac_kernels.reference import kronecker
 from mfac_kernels.reference import lags as reference
 
+cpu_only = pytest.mark.skipif(SIMT, reason="the frequencies are for the CPU alone")
+WAYS = [False] if SIMT else [False, True]  # of the argument fft
+
 
 def strided(x: Tensor, seed: int) -> Tensor:
     """The same images: as they are, channels last, every second column, a window of larger ones, channels reversed."""
@@ -114,17 +117,8 @@ def convs(draw: st.DrawFn) -> Conv:
 
     image, kernel, padding, dilation = zip(axis(), axis(), strict=True)
     groups = draw(st.sampled_from([1, 1, 2, 3]))
-    return Conv(
-        n=draw(st.integers(0, 3)),
-        channels=groups * draw(st.integers(1, 3 if SIMT else 6)),
-        groups=groups,
-        image=image,
-        kernel_size=kernel,
-        padding=padding,
-        dilation=dilation,
-        bias=draw(st.booleans()),
-        seed=draw(seeds),
-    )
+    n, channels = draw(st.integers(0, 3)), groups * draw(st.integers(1, 3 if SIMT else 6))
+    return Conv(n, channels, groups, image, kernel, padding, dilation, draw(st.booleans()), draw(seeds))
 
 
 RESNET = Conv(2, 70, 1, (9, 10), (3, 3), ((1, 1), (1, 1)), (1, 1), False, 0)
@@ -149,9 +143,3 @@ def assert_sums(got: Tensor, want: Tensor, size: Tensor, terms: int) -> None:
     eps = torch.finfo(got.dtype).eps
     error = (got.double() - want).abs()
     assert bool((error <= (terms + 6) * eps * size).all()), f"{(error / size.clamp_min(1e-300)).max() / eps:g} eps"
-
-
-cpu_only = pytest.mark.skipif(SIMT, reason="the frequencies are for the CPU alone")
-
-
-WAYS = [False] if SIMT else [False, True]
