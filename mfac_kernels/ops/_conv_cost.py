@@ -32,7 +32,7 @@ _SIMT = build_info()["simt"]  # ops on the CPU are then those of the GPU
 
 
 def _smooth(n: int) -> int:
-    """The next product of 2, 3 and 5."""
+    """The next product of 2, 3 and 5 from n >= 1 on."""
     while True:
         rest = n
         for p in (2, 3, 5):
@@ -64,7 +64,7 @@ def of(x: Tensor, geometry: Geometry, groups: int, *, expanded: bool) -> dict[st
             max(0, p - max(0, axis.reach - shift - axis.before) - max(0, axis.reach - shift - axis.after))
             for p, shift in zip(pixels, shifts, strict=True)
         )
-        frequencies *= _smooth(size + axis.reach)
+        frequencies *= _smooth(max(1, size + axis.reach))
     factor = offsets**2 * channels**2 * 8 * _FLOPS_PER_BYTE
     state = slots(geometry) * channels**2 * 8 * _FLOPS_PER_BYTE
     chunks = -(-samples // _CHUNK)

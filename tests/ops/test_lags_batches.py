@@ -98,6 +98,18 @@ def test_images_without_pixels(samples, image, fft, device):
         assert torch.equal(again.cpu(), want)
 
 
+def test_images_without_pixels_under_a_kernel_of_one(device):
+    """A dimension without pixels or reach has no frequencies to count either."""
+    x, factor = torch.zeros(2, 3, 0, 5, device=device), torch.ones(4, 4, device=device)
+    ops.conv2d_factor_(factor, x, 1, padding=1, bias=True, beta=0.0)
+    want = torch.zeros(4, 4)
+    want[3, 3] = 2 * 2 * 7
+    assert torch.equal(factor.cpu(), want)
+    state = torch.ones(ops.conv2d_lags_size(3, 1, padding=1), device=device)
+    ops.conv2d_lags_(state, x, 1, padding=1, beta=0.0)
+    assert not state.any()
+
+
 @pytest.mark.parametrize("fft", WAYS)
 @pytest.mark.parametrize("layout", ["channels first", "channels last", "strided"])
 @pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
