@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mfac_kernels as mk
-from mfac_kernels import datasets, ops, training
+from mfac_kernels import ops, training
+from mfac_kernels.training import datasets
 
 DAMPINGS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 0.0)
 GROUP = 32

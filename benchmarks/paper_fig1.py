@@ -23,8 +23,7 @@ from typing import Any
 import torch
 
 import mfac_kernels as mk
-from mfac_kernels import datasets
-from mfac_kernels.training.loop import KFACConfig, OptimizerConfig, RunResult, SGDConfig, train
+from mfac_kernels.training import KFACConfig, OptimizerConfig, RunResult, SGDConfig, datasets, train
 from mfac_kernels.training.models import vgg11
 
 BATCH = 100

@@ -10,14 +10,17 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from mfac_kernels import datasets, training
+from mfac_kernels import training
+from mfac_kernels.training import datasets
 
 __all__ = ["main"]
 
@@ -50,6 +53,9 @@ examples:
   mfac-kernels bench                                   every benchmark
   mfac-kernels bench -- -k window                      what follows -- goes to pytest
 """
+
+
+_Number = TypeVar("_Number", int, float)
 
 
 class _UserError(RuntimeError):
@@ -258,24 +264,21 @@ def _optimizer_names(text: str) -> list[str]:
     return names
 
 
-def _positive_int(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return value
+def _positive(kind: Callable[[str], _Number], expected: str) -> Callable[[str], _Number]:
+    def parse(text: str) -> _Number:
+        try:
+            value: _Number | None = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        return value
+
+    return parse
 
 
-def _positive_float(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+_positive_int = _positive(int, "a whole number of at least 1")
+_positive_float = _positive(float, "a number above 0")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,9 @@ except ModuleNotFoundError:
     import no_hypothesis as hypothesis
 
 import mfac_kernels as mk
+
+# Before they are imported: what they assert is then shown in full, as in the tests themselves.
+pytest.register_assert_rewrite(*(path.stem for path in Path(__file__).with_name("support").glob("*.py")))
 
 hypothesis.settings.register_profile(
     "local",
@@ -80,6 +84,21 @@ def threads() -> Iterator[Callable[[int], None]]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def same_bits(threads: Callable[[int], None]) -> Callable[[Callable[[], list[Tensor]]], None]:
+    """same_bits(results): what results() returns does not depend on the number of threads, nor on the run."""
+
+    def check(results: Callable[[], list[Tensor]]) -> None:
+        threads(1)
+        once = results()
+        for count in (1, 2, 3):
+            threads(count)
+            for got, want in zip(results(), once, strict=True):
+                assert torch.equal(got, want), f"{count} threads"
+
+    return check
 
 
 GradientMaker = Callable[..., Tensor]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from mfac_kernels.ops.conv_lags import conv2d_lags_size
+from mfac_kernels.ops.lags import conv2d_lags_size
 
 Arguments = tuple[Any, ...]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -175,26 +175,25 @@ def batches(inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
     return [inputs.spd(*shape, dtype=dtype) for shape in ((40, 16), (3, 5, 33), (2, 100))]
 
 
-@samples_of("cholesky_inverse_")
-def _(inputs: Inputs) -> Iterator[Arguments]:
+def damped(inputs: Inputs) -> Iterator[Arguments]:
+    """What is written, blocks, damping: one for each batch, one for each block, none"""
     for dtype in (torch.float32, torch.float64):
         blocks = batches(inputs, dtype)
         damping = [inputs.zeros(1) + 0.1, inputs.zeros(15) + 0.2, inputs.zeros(1)]
-        yield [torch.zeros_like(block) for block in blocks], blocks, damping, None
-        yield (
-            [torch.zeros_like(block) for block in blocks],
-            blocks,
-            damping,
-            torch.arange(57).int().to(inputs.device) % 2,
-        )
+        yield [torch.zeros_like(block) for block in blocks], blocks, damping
+
+
+@samples_of("cholesky_inverse_")
+def _(inputs: Inputs) -> Iterator[Arguments]:
+    for out, blocks, damping in damped(inputs):
+        yield out, blocks, damping, None
+        yield [torch.zeros_like(t) for t in out], blocks, damping, torch.arange(57).int().to(inputs.device) % 2
 
 
 @samples_of("cholesky_factor_")
 def _(inputs: Inputs) -> Iterator[Arguments]:
-    for dtype in (torch.float32, torch.float64):
-        blocks = batches(inputs, dtype)
-        damping = [inputs.zeros(1) + 0.1, inputs.zeros(15) + 0.2, inputs.zeros(1)]
-        yield [torch.zeros_like(block) for block in blocks], blocks, damping, None
+    for arguments in damped(inputs):
+        yield *arguments, None
 
 
 @samples_of("cholesky_solve_")

@@ -3,11 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define MFAC_HOST_DEVICE __host__ __device__
-#else
-#define MFAC_HOST_DEVICE
-#endif
+#include "common/sizes.h"
 
 namespace mfac_kernels {
 

@@ -169,21 +169,11 @@ class KroneckerFisher:
 
     def batch_sums(self) -> list[Tensor]:
         """The sums of this batch, as views, zero where a layer has none: what ranks add up before :meth:`update`."""
-        sums = self._sums()
-        for total, begun in zip(sums, self._begun(), strict=True):
-            for row in (i for i, has_sum in enumerate(begun) if not has_sum):
-                total[row] = 0
-        return sums
+        return self._zero_without_sums(self._sums())
 
     def batch_counts(self) -> list[Tensor]:
         """For each of :meth:`batch_sums`, (layers,): 1 where a layer has a sum of this batch, else 0."""
-        counts = []
-        for begun in self._begun():
-            count = torch.ones(len(begun), dtype=self.dtype, device=self.refused.device)
-            for row in (i for i, has_sum in enumerate(begun) if not has_sum):
-                count[row] = 0
-            counts.append(count)
-        return counts
+        return self._zero_without_sums([total.new_ones(len(total), dtype=self.dtype) for total in self._sums()])
 
     def share(self, counts: Sequence[Tensor]) -> None:
         """Divide the sums, added up over ranks, by ``counts``, added up too: the layers' batch is that of all ranks."""
@@ -196,8 +186,13 @@ class KroneckerFisher:
     def _sums(self) -> list[Tensor]:
         return [s for stack in self._stacks for s in (stack.input_sums, stack.output_sums)] + self._inverses.sums()
 
-    def _begun(self) -> list[list[bool]]:
-        return [stack.begun for stack in self._stacks for _ in range(2)] + self._inverses.begun
+    def _zero_without_sums(self, totals: list[Tensor]) -> list[Tensor]:
+        """Zero, in each of ``totals``, one for each of :meth:`_sums`, the layers that have no sum of this batch."""
+        begun = [stack.begun for stack in self._stacks for _ in range(2)] + self._inverses.begun
+        for total, has_sum in zip(totals, begun, strict=True):
+            for row in (i for i, has in enumerate(has_sum) if not has):
+                total[row] = 0
+        return totals
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
         """The debiased A, (blocks, s, s) or (inputs,), and B, (blocks, s, s), of a layer."""

@@ -7,17 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mfac_kernels import ops
 from mfac_kernels.fisher import _checks
 from mfac_kernels.fisher._cholesky import cholesky, diagonal_of, inverse_lower
 from mfac_kernels.fisher._state import check_entries, check_like, copy_into
-from mfac_kernels.ops.window import (
-    core_insert_,
-    core_refactor_,
-    core_solve,
-    window_combine,
-    window_dots,
-    window_insert_,
-)
 
 
 class FisherWindow:
@@ -96,7 +89,7 @@ class FisherWindow:
         damping = _checks.positive_float("damping", value)
         if damping != self._damping:
             self._damping = damping
-            core_refactor_(self.gram, self.factor, self.state, *self._shift)
+            ops.core_refactor_(self.gram, self.factor, self.state, *self._shift)
 
     def update(self, g: Tensor) -> None:
         """Insert gradient ``g`` (dim,) in place of the oldest.
@@ -143,8 +136,8 @@ class FisherWindow:
         rows = _checks.vectors("x", x, self.dim, self.device, batch=True)
         _checks.finite("x", rows)
         held = self._held
-        weights = self._solve(window_dots(self.window[:held], rows)[0])[:, :held]
-        y = window_combine(
+        weights = self._solve(ops.window_dots(self.window[:held], rows)[0])[:, :held]
+        y = ops.window_combine(
             self.window[:held],
             weights.contiguous()[None],
             beta=-1 / self.damping,
@@ -217,11 +210,11 @@ class FisherWindow:
     def _insert(self, g: Tensor, *, quietly: bool = False) -> tuple[Tensor, Tensor]:
         """Both halves of an insert -> (accepted (), K^-1 e_newest (m,))."""
         row = _checks.vectors("g", g, self.dim, self.device, batch=False)[0]
-        dots = window_insert_(self.window, self.state, row)
+        dots = ops.window_insert_(self.window, self.state, row)
         accepted = dots[0].isfinite()
         if self.device.type == "cpu" and not quietly and not accepted:
             raise ValueError(f"g: expected values that are finite in {self.dtype}, got NaN or infinity")
-        coefficients = core_insert_(self.gram, self.factor, self.state, dots, *self._shift)
+        coefficients = ops.core_insert_(self.gram, self.factor, self.state, dots, *self._shift)
         self._most_seen += 1
         return accepted, coefficients
 
@@ -232,7 +225,7 @@ class FisherWindow:
         if self.normalize == "seen":
             n = self.state[0].clamp(max=self.ngrads)
         weights = (coefficients[:held] * n).reshape(1, 1, held)
-        return window_combine(self.window[:held], weights, dtype=dtype)[0]
+        return ops.window_combine(self.window[:held], weights, dtype=dtype)[0]
 
     def _gram(self, held: int) -> Tensor:
         """G G^T (held, held) in slot order; the core keeps its rows up to date only towards older slots."""
@@ -244,4 +237,4 @@ class FisherWindow:
     def _solve(self, b: Tensor) -> Tensor:
         """K^-1 b for rows b (k, held or m) -> (k, m)."""
         padded = torch.nn.functional.pad(b, (0, self.ngrads - b.shape[1]))
-        return core_solve(self.factor, self.state, padded.contiguous(), *self._shift)
+        return ops.core_solve(self.factor, self.state, padded.contiguous(), *self._shift)

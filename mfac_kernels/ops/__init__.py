@@ -10,7 +10,6 @@ from mfac_kernels.ops.cholesky import (
     grouped_cholesky_inverse_ex,
 )
 from mfac_kernels.ops.cholesky_robust import RobustInverse, robust_cholesky_inverse
-from mfac_kernels.ops.conv_lags import conv2d_expand_, conv2d_lags_, conv2d_lags_size
 from mfac_kernels.ops.kronecker import (
     conv1d_factor_,
     conv2d_factor_,
@@ -19,6 +18,7 @@ from mfac_kernels.ops.kronecker import (
     embedding_factor_,
     linear_factor_,
 )
+from mfac_kernels.ops.lags import conv2d_expand_, conv2d_lags_, conv2d_lags_size
 from mfac_kernels.ops.static import block_gram, block_inverse, gram, inverse_diagonal
 from mfac_kernels.ops.window import (
     core_insert_,

@@ -10,18 +10,18 @@ as a dozen. n samples, c channels of a group rounded up to vectors of 16, K offs
 
 Sums over the frequencies run at a sixth of that rate, transforms at a tenth, thin border strips at a quarter; packing
 an element for the lags counts as 150.
-``benchmarks/bench_conv_lags.py`` measures whether the way chosen is the fastest.
+``benchmarks/bench_lags.py`` measures whether the way chosen is the fastest.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from mfac_kernels._library import build_info
-from mfac_kernels.ops._lag_form import slots
+from mfac_kernels.ops._geometry import Geometry
+from mfac_kernels.ops._lags_form import slots
 
 _FLOPS_PER_BYTE, _FLOPS_PER_PACKED = 12, 150
 # Of a kernel that is compressed: what a lag costs beside its sums grows with the square of their number.
@@ -32,7 +32,7 @@ _SIMT = build_info()["simt"]  # ops on the CPU are then those of the GPU
 
 
 def _smooth(n: int) -> int:
-    """The next product of 2, 3 and 5."""
+    """The next product of 2, 3 and 5 from n >= 1 on."""
     while True:
         rest = n
         for p in (2, 3, 5):
@@ -48,38 +48,28 @@ def runs_on(x: Tensor) -> bool:
     return x.device.type == "cpu" and not _SIMT
 
 
-def of(
-    x: Tensor,
-    kernel_size: Sequence[int],
-    padding_before: Sequence[int],
-    padding_after: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    *,
-    expanded: bool,
-) -> dict[str, float]:
+def of(x: Tensor, geometry: Geometry, groups: int, *, expanded: bool) -> dict[str, float]:
     """The cost of each way for a group of x (N, C, spatial...); expanded: compressed forms become factors at once."""
     samples, channels, image = x.shape[0], x.shape[1] // groups, x.shape[2:]
     c = -(-channels // _VECTOR) * _VECTOR
     pairs = c * (c + min(c, _PANEL)) / 2
-    offsets, positions, lagged, inner, frequencies = math.prod(kernel_size), 1, 1, 1, 1
-    for axis in zip(image, kernel_size, padding_before, padding_after, dilation, strict=True):
-        size, kernel, before, after, step = axis
-        reach = step * (kernel - 1)
-        positions *= max(0, size + before + after - reach)
-        pixels = [max(0, size - step * abs(lag)) for lag in range(1 - kernel, kernel)]
+    offsets, positions, lagged, inner, frequencies = geometry.offsets, 1, 1, 1, 1
+    for size, axis in zip(image, geometry.axes, strict=True):
+        positions *= max(0, size + axis.before + axis.after - axis.reach)
+        shifts = [axis.dilation * abs(lag) for lag in range(1 - axis.kernel, axis.kernel)]
+        pixels = [max(0, size - shift) for shift in shifts]
         lagged *= sum(pixels)
         # Every offset's margins cut the border off; what is left is the core.
         inner *= sum(
-            max(0, p - max(0, reach - step * abs(lag) - before) - max(0, reach - step * abs(lag) - after))
-            for p, lag in zip(pixels, range(1 - kernel, kernel), strict=True)
+            max(0, p - max(0, axis.reach - shift - axis.before) - max(0, axis.reach - shift - axis.after))
+            for p, shift in zip(pixels, shifts, strict=True)
         )
-        frequencies *= _smooth(size + reach)
+        frequencies *= _smooth(max(1, size + axis.reach))
     factor = offsets**2 * channels**2 * 8 * _FLOPS_PER_BYTE
-    state = slots(kernel_size, padding_before, padding_after, dilation) * channels**2 * 8 * _FLOPS_PER_BYTE
+    state = slots(geometry) * channels**2 * 8 * _FLOPS_PER_BYTE
     chunks = -(-samples // _CHUNK)
     products = 8 * samples * frequencies / 2 * pairs
-    sums = 8 * kernel_size[0] * chunks * frequencies / 2 * pairs
+    sums = 8 * geometry.kernel_size[0] * chunks * frequencies / 2 * pairs
     transforms = 10 * 2.5 * samples * c * frequencies * math.log2(max(2, frequencies))
     border = samples * (lagged - inner) * c**2
     compressed = factor if expanded else 0

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import mfac_kernels._library  # noqa: F401  (the ops must exist)
 from mfac_kernels.ops._checks import check, check_dtype, check_state, shape_text, type_text
+from mfac_kernels.ops._geometry import Geometry
 
 
 def accumulator(x: Tensor) -> torch.dtype:
@@ -55,42 +56,28 @@ def _check_weights(op: str, weights: Tensor | None, x: Tensor) -> None:
     )
 
 
-def check_list(op: str, name: str, values: Sequence[int], count: int, least: int) -> None:
-    check(len(values) == count, f"{op}: {name}: expected {count} numbers, got {len(values)}")
-    for value in values:
-        check(value >= least, f"{op}: {name}: expected at least {least}, got {value}")
+def check_geometry(op: str, geometry: Geometry, dims: int) -> None:
+    for (name, values), least in zip(geometry._asdict().items(), (1, 1, 0, 0, 1), strict=True):
+        check(len(values) == dims, f"{op}: {name}: expected {dims} numbers, got {len(values)}")
+        for value in values:
+            check(value >= least, f"{op}: {name}: expected at least {least}, got {value}")
 
 
-def check_conv(
-    op: str,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding_before: Sequence[int],
-    padding_after: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
+def check_conv(op: str, x: Tensor, geometry: Geometry, groups: int) -> None:
     check(3 <= x.dim() <= 5, f"{op}: x: expected 3 to 5 dimensions, got shape {shape_text(x.shape)}")
     check_dtype(op, "x", x)
-    spatial = x.dim() - 2
-    check_list(op, "kernel_size", kernel_size, spatial, 1)
-    check_list(op, "stride", stride, spatial, 1)
-    check_list(op, "padding_before", padding_before, spatial, 0)
-    check_list(op, "padding_after", padding_after, spatial, 0)
-    check_list(op, "dilation", dilation, spatial, 1)
+    check_geometry(op, geometry, x.dim() - 2)
     channels = x.shape[1]
     check(
         groups > 0 and channels % groups == 0,
         f"{op}: groups: expected a divisor of {channels} channels, got {groups}",
     )
-    for i in range(spatial):
-        padded = x.shape[2 + i] + padding_before[i] + padding_after[i]
-        reach = dilation[i] * (kernel_size[i] - 1) + 1
+    for dimension, axis in enumerate(geometry.axes, 2):
+        padded = x.shape[dimension] + axis.before + axis.after
         check(
-            padded >= reach,
-            f"{op}: kernel_size: expected a kernel that fits into the padded input, got one of extent {reach} for "
-            f"{padded} in dimension {2 + i}",
+            padded > axis.reach,
+            f"{op}: kernel_size: expected a kernel that fits into the padded input, got one of extent "
+            f"{axis.reach + 1} for {padded} in dimension {dimension}",
         )
 
 
@@ -115,26 +102,16 @@ def _(
 
 @torch.library.register_fake("mfac_kernels::conv_factor_")
 def _(
-    factor: Tensor,
-    x: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding_before: Sequence[int],
-    padding_after: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
-    sua: bool,
-    reduce: bool,
-    beta: float,
-    alpha: float,
-    refused: Tensor | None,
-    allow_tf32: bool = False,
-) -> None:
+    factor: Tensor, x: Tensor,
+    kernel_size: Sequence[int], stride: Sequence[int],
+    padding_before: Sequence[int], padding_after: Sequence[int], dilation: Sequence[int],
+    groups: int, bias: bool, sua: bool, reduce: bool, beta: float, alpha: float,
+    refused: Tensor | None, allow_tf32: bool = False,
+) -> None:  # fmt: skip
     op = "conv_factor_"
-    check_conv(op, x, kernel_size, stride, padding_before, padding_after, dilation, groups)
-    offsets = 1 if sua else math.prod(kernel_size)
-    check_factor(op, factor, x, groups, x.shape[1] // groups * offsets, bias)
+    geometry = Geometry(kernel_size, stride, padding_before, padding_after, dilation)
+    check_conv(op, x, geometry, groups)
+    check_factor(op, factor, x, groups, x.shape[1] // groups * (1 if sua else geometry.offsets), bias)
     check_scales(op, beta, alpha)
     check_refused(op, refused)
 

@@ -20,14 +20,16 @@ architectures", NeurIPS 2023 (expand, reduce).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from mfac_kernels.ops import _conv_cost, _kronecker_fakes, _lag_form
+from mfac_kernels.ops import _conv_cost, _kronecker_fakes, _lags_form
 from mfac_kernels.ops._checks import check
+from mfac_kernels.ops._geometry import Geometry, Sizes, geometry_of
 
 __all__ = [
     "conv1d_factor_",
@@ -40,7 +42,8 @@ __all__ = [
 
 _ops = torch.ops.mfac_kernels
 
-Sizes = int | Sequence[int]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def linear_factor_(
@@ -62,32 +65,8 @@ def linear_factor_(
     return flag
 
 
-def conv1d_factor_(
-    factor: Tensor,
-    x: Tensor,
-    kernel_size: Sizes,
-    *,
-    stride: Sizes = 1,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    bias: bool = False,
-    spatial: str = "full",
-    approximation: str = "expand",
-    beta: float = 1.0,
-    alpha: float = 1.0,
-    check_finite: bool | Tensor = False,
-    algorithm: str = "auto",
-) -> Tensor | None:
-    """:func:`conv2d_factor_` of x (N, C, L)."""
-    geometry = _geometry("conv1d_factor_", 1, kernel_size, stride, padding, dilation)
-    return _conv_factor_(
-        "conv1d_factor_",
-        factor, x, geometry, groups, bias, spatial, approximation, beta, alpha, check_finite, algorithm,
-    )  # fmt: skip
-
-
-def conv2d_factor_(
+def conv_factor_(
+    dims: int,
     factor: Tensor,
     x: Tensor,
     kernel_size: Sizes,
@@ -117,38 +96,75 @@ def conv2d_factor_(
     approximation: ``"expand"``, a row for each output position; or ``"reduce"``, one for each sample: its summed
         patches.
     algorithm: ``"tiles"`` for any geometry; ``"lags"`` and ``"fft"`` for stride 1, full, expand, see
-        :mod:`mfac_kernels.ops.conv_lags`; ``"auto"`` picks the fastest that is exact enough.
+        :mod:`mfac_kernels.ops.lags`; ``"auto"`` picks the fastest that is exact enough.
     """
-    geometry = _geometry("conv2d_factor_", 2, kernel_size, stride, padding, dilation)
-    return _conv_factor_(
-        "conv2d_factor_",
-        factor, x, geometry, groups, bias, spatial, approximation, beta, alpha, check_finite, algorithm,
-    )  # fmt: skip
+    op = f"conv{dims}d_factor_"
+    geometry = geometry_of(op, dims, kernel_size, stride, padding, dilation)
+    check(spatial in ("full", "sua"), f'{op}: spatial: expected "full" or "sua", got "{spatial}"')
+    check(
+        approximation in ("expand", "reduce"),
+        f'{op}: approximation: expected "expand" or "reduce", got "{approximation}"',
+    )
+    sua, reduce = spatial == "sua", approximation == "reduce"
+    compressible = dims < 3 and set(geometry.stride) == {1} and not sua and not reduce
+    # What a refused batch leaves as it is would be the state, which is no factor yet.
+    compressible = compressible and check_finite is False
+    way = _way(op, factor, x, geometry, groups, bias, compressible, algorithm)
+    if way != "tiles":
+        state = factor.new_empty(groups, _lags_form.state_size(x.shape[1] // groups, geometry, bias))
+        _ops.conv_lags_(state, x, *geometry.form, groups, bias, way == "fft", 0.0, 1.0, None)
+        _ops.conv_expand_(factor, state, *geometry.form, groups, bias, beta, alpha)
+        return None
+    flag = _flag(factor, check_finite)
+    _ops.conv_factor_(factor, x, *geometry, groups, bias, sua, reduce, beta, alpha, flag, _allow_tf32())
+    return flag
 
 
-def conv3d_factor_(
-    factor: Tensor,
-    x: Tensor,
-    kernel_size: Sizes,
-    *,
-    stride: Sizes = 1,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    bias: bool = False,
-    spatial: str = "full",
-    approximation: str = "expand",
-    beta: float = 1.0,
-    alpha: float = 1.0,
-    check_finite: bool | Tensor = False,
-    algorithm: str = "auto",
-) -> Tensor | None:
-    """:func:`conv2d_factor_` of x (N, C, D, H, W)."""
-    geometry = _geometry("conv3d_factor_", 3, kernel_size, stride, padding, dilation)
-    return _conv_factor_(
-        "conv3d_factor_",
-        factor, x, geometry, groups, bias, spatial, approximation, beta, alpha, check_finite, algorithm,
-    )  # fmt: skip
+def _way(
+    op: str, factor: Tensor, x: Tensor, geometry: Geometry, groups: int, bias: bool, compressible: bool, algorithm: str
+) -> str:
+    """``"tiles"``, ``"lags"`` or ``"fft"``."""
+    check(
+        algorithm in ("auto", "tiles", "lags", "fft"),
+        f'{op}: algorithm: expected "auto", "tiles", "lags" or "fft", got "{algorithm}"',
+    )
+    if algorithm == "tiles":
+        return algorithm
+    check(
+        compressible or algorithm == "auto",
+        f'{op}: algorithm: expected "tiles" unless one or two dimensions, stride 1, full, expand and without '
+        f'check_finite, got "{algorithm}"',
+    )
+    long = geometry.offsets > _conv_cost.MOST_OFFSETS
+    if not compressible or (algorithm == "auto" and (long or not _conv_cost.runs_on(x))):
+        return "tiles"
+    # In the words of the one op that the user knows, before another sees them.
+    _kronecker_fakes.check_conv("conv_factor_", x, geometry, groups)
+    _kronecker_fakes.check_factor("conv_factor_", factor, x, groups, x.shape[1] // groups * geometry.offsets, bias)
+    if algorithm != "auto":
+        return algorithm
+    cost = _conv_cost.of(x, geometry, groups, expanded=True)
+    return min(cost, key=cost.__getitem__)
+
+
+def _for_dims(conv: Callable[Concatenate[int, P], R], dims: int, doc: str | None) -> Callable[P, R]:
+    """``conv`` for one number of dimensions, a function with a name, a signature and a docstring of its own."""
+
+    def for_dims(*args: P.args, **kwargs: P.kwargs) -> R:
+        return conv(dims, *args, **kwargs)
+
+    signature = inspect.signature(conv)
+    _, *parameters = signature.parameters.values()
+    for_dims.__name__ = for_dims.__qualname__ = f"conv{dims}d_factor_"
+    for_dims.__doc__ = doc
+    for_dims.__annotations__ = {name: kind for name, kind in conv.__annotations__.items() if name != "dims"}
+    for_dims.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return for_dims
+
+
+conv1d_factor_ = _for_dims(conv_factor_, 1, ":func:`conv2d_factor_` of x (N, C, L).")
+conv2d_factor_ = _for_dims(conv_factor_, 2, conv_factor_.__doc__)
+conv3d_factor_ = _for_dims(conv_factor_, 3, ":func:`conv2d_factor_` of x (N, C, D, H, W).")
 
 
 def embedding_factor_(
@@ -167,33 +183,6 @@ def cross_factor(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     return product
 
 
-Geometry = tuple[list[int], list[int], list[int], list[int], list[int]]
-"""kernel_size, stride, padding before, padding after, dilation: one entry for each spatial dimension."""
-
-
-def _geometry(op: str, dims: int, kernel_size: Sizes, stride: Sizes, padding: Sizes | str, dilation: Sizes) -> Geometry:
-    def each(name: str, value: Sizes) -> list[int]:
-        sizes = [value] * dims if isinstance(value, int) else list(value)
-        check(len(sizes) == dims, f"{op}: {name}: expected 1 or {dims} numbers, got {value}")
-        return sizes
-
-    kernel, strides, dilations = (
-        each("kernel_size", kernel_size),
-        each("stride", stride),
-        each("dilation", dilation),
-    )
-    if not isinstance(padding, str):
-        before = each("padding", padding)
-        return kernel, strides, before, list(before), dilations
-    check(padding in ("same", "valid"), f'{op}: padding: expected numbers, "same" or "valid", got "{padding}"')
-    if padding == "valid":
-        return kernel, strides, [0] * dims, [0] * dims, dilations
-    check(set(strides) == {1}, f'{op}: padding: expected numbers with a stride of {strides}, got "same"')
-    total = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-    before = [t // 2 for t in total]  # torch's choice where the two differ
-    return kernel, strides, before, [t - b for t, b in zip(total, before, strict=True)], dilations
-
-
 def _allow_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.allow_tf32)
 
@@ -202,88 +191,3 @@ def _flag(factor: Tensor, check_finite: bool | Tensor) -> Tensor | None:
     if isinstance(check_finite, Tensor):
         return check_finite
     return factor.new_zeros(1, dtype=torch.int32) if check_finite else None
-
-
-def _conv_factor_(
-    op: str,
-    factor: Tensor,
-    x: Tensor,
-    geometry: Geometry,
-    groups: int,
-    bias: bool,
-    spatial: str,
-    approximation: str,
-    beta: float,
-    alpha: float,
-    check_finite: bool | Tensor,
-    algorithm: str,
-) -> Tensor | None:
-    check(spatial in ("full", "sua"), f'{op}: spatial: expected "full" or "sua", got "{spatial}"')
-    check(
-        approximation in ("expand", "reduce"),
-        f'{op}: approximation: expected "expand" or "reduce", got "{approximation}"',
-    )
-    way = _way(op, factor, x, geometry, groups, bias, spatial, approximation, check_finite, algorithm)
-    if way != "tiles":
-        kernel, _, before, after, dilation = geometry
-        size = _lag_form.state_size(x.shape[1] // groups, kernel, before, after, dilation, bias)
-        state, form = factor.new_empty(groups, size), (kernel, before, after, dilation, groups, bias)
-        _ops.conv_lags_(state, x, *form, way == "fft", 0.0, 1.0, None)
-        _ops.conv_expand_(factor, state, *form, beta, alpha)
-        return None
-    flag = _flag(factor, check_finite)
-    _ops.conv_factor_(
-        factor,
-        x,
-        *geometry,
-        groups,
-        bias,
-        spatial == "sua",
-        approximation == "reduce",
-        beta,
-        alpha,
-        flag,
-        _allow_tf32(),
-    )
-    return flag
-
-
-def _way(
-    op: str,
-    factor: Tensor,
-    x: Tensor,
-    geometry: Geometry,
-    groups: int,
-    bias: bool,
-    spatial: str,
-    approximation: str,
-    check_finite: bool | Tensor,
-    algorithm: str,
-) -> str:
-    """``"tiles"``, ``"lags"`` or ``"fft"``."""
-    check(
-        algorithm in ("auto", "tiles", "lags", "fft"),
-        f'{op}: algorithm: expected "auto", "tiles", "lags" or "fft", got "{algorithm}"',
-    )
-    if algorithm == "tiles":
-        return algorithm
-    kernel, stride, before, after, dilation = geometry
-    compressible = len(kernel) < 3 and set(stride) == {1} and (spatial, approximation) == ("full", "expand")
-    # What a refused batch leaves as it is would be the state, which is no factor yet.
-    compressible = compressible and check_finite is False
-    check(
-        compressible or algorithm == "auto",
-        f'{op}: algorithm: expected "tiles" unless one or two dimensions, stride 1, full, expand and without '
-        f'check_finite, got "{algorithm}"',
-    )
-    long = math.prod(kernel) > _conv_cost.MOST_OFFSETS
-    if not compressible or (algorithm == "auto" and (long or not _conv_cost.runs_on(x))):
-        return "tiles"
-    # In the words of the one op that the user knows, before another sees them.
-    _kronecker_fakes.check_conv("conv_factor_", x, *geometry, groups)
-    columns = x.shape[1] // groups * math.prod(kernel)
-    _kronecker_fakes.check_factor("conv_factor_", factor, x, groups, columns, bias)
-    if algorithm != "auto":
-        return algorithm
-    cost = _conv_cost.of(x, kernel, before, after, dilation, groups, expanded=True)
-    return min(cost, key=cost.__getitem__)

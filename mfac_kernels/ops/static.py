@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 import mfac_kernels._library  # noqa: F401  (loads the ops)
+from mfac_kernels.ops._blocks import block_count, block_width
 from mfac_kernels.ops._checks import check, check_rows, check_state
 
 __all__ = ["block_gram", "block_inverse", "gram", "inverse_diagonal"]
@@ -42,7 +43,7 @@ def gram(g: Tensor, *, double_precision: bool = False) -> Tensor:
 
 def block_gram(g: Tensor, block_size: int, *, double_precision: bool = False) -> Tensor:
     """:func:`gram` of each block of ``block_size`` columns, the last one ragged: (m, d) -> (blocks, m, m) float64."""
-    s: Tensor = _ops.block_gram(g, min(block_size, max((1, *g.shape[-1:]))), double_precision)
+    s: Tensor = _ops.block_gram(g, block_width(g, block_size), double_precision)
     return s
 
 
@@ -77,11 +78,6 @@ def _accumulator(g: Tensor) -> torch.dtype:
     return torch.float64 if g.dtype == torch.float64 else torch.float32
 
 
-def _blocks(op: str, g: Tensor, block_size: int) -> int:
-    check(block_size > 0, f"{op}: block_size: expected at least 1, got {block_size}")
-    return (g.shape[1] + block_size - 1) // block_size
-
-
 @torch.library.register_fake("mfac_kernels::gram")
 def _(g: Tensor, double_precision: bool) -> Tensor:
     check_rows("gram", "g", g)
@@ -92,7 +88,7 @@ def _(g: Tensor, double_precision: bool) -> Tensor:
 def _(g: Tensor, block_size: int, double_precision: bool) -> Tensor:
     op = "block_gram"
     check_rows(op, "g", g)
-    return g.new_empty(_blocks(op, g, block_size), g.shape[0], g.shape[0], dtype=torch.float64)
+    return g.new_empty(block_count(op, g, block_size), g.shape[0], g.shape[0], dtype=torch.float64)
 
 
 @torch.library.register_fake("mfac_kernels::inverse_diagonal")
@@ -111,7 +107,7 @@ def _(g: Tensor, transform: Tensor, damping: float) -> Tensor:
 def _(g: Tensor, block_size: int, damping: float, count: float) -> tuple[Tensor, Tensor]:
     op = "block_inverse"
     check_rows(op, "g", g)
-    blocks = _blocks(op, g, block_size)
+    blocks = block_count(op, g, block_size)
     check(0 < count < math.inf, f"{op}: count: expected a positive finite number, got {count:g}")
     inverse = g.new_empty(blocks, block_size, block_size, dtype=_accumulator(g))
     return inverse, g.new_empty(blocks, dtype=torch.int32)

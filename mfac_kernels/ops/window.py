@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import mfac_kernels._library  # noqa: F401  (loads the ops)
+from mfac_kernels.ops._blocks import block_count, block_width
 from mfac_kernels.ops._checks import FLOATS, check, check_dtype, check_rows, check_shape, check_state, type_text
 
 __all__ = [
@@ -49,7 +50,7 @@ def window_insert_(window: Tensor, state: Tensor, g: Tensor) -> Tensor:
 
 def window_dots(window: Tensor, x: Tensor, block_size: int | None = None) -> Tensor:
     """``x @ window.T`` per block of ``block_size`` columns: window (m, d), x (k, d) -> (blocks, k, m) float64."""
-    dots: Tensor = _ops.window_dots(window, x, _width(window, block_size))
+    dots: Tensor = _ops.window_dots(window, x, block_width(window, block_size))
     return dots
 
 
@@ -67,7 +68,7 @@ def window_combine(
 
     window (m, d); coefficients (blocks, k, m) float64; x (k, d) -> (k, d) in ``dtype`` (default: the window's).
     """
-    size = _width(window, block_size)
+    size = block_width(window, block_size)
     out: Tensor = _ops.window_combine(window, coefficients, size, beta, x, alpha, dtype or window.dtype)
     return out
 
@@ -94,12 +95,6 @@ def core_refactor_(gram: Tensor, factor: Tensor, state: Tensor, shift: float, pe
     _ops.core_refactor_(gram, factor, state, shift, per_gradient)
 
 
-def _width(window: Tensor, block_size: int | None) -> int:
-    """Columns of a block: no more than there are."""
-    dim = max(1, window.shape[1])
-    return dim if block_size is None else min(block_size, dim)
-
-
 @torch.library.register_fake("mfac_kernels::window_insert_")
 def _(window: Tensor, state: Tensor, g: Tensor) -> Tensor:
     op = "window_insert_"
@@ -114,11 +109,6 @@ def _(window: Tensor, state: Tensor, g: Tensor) -> Tensor:
     return window.new_empty(window.shape[0], dtype=torch.float64)
 
 
-def _blocks(op: str, window: Tensor, block_size: int) -> int:
-    check(block_size > 0, f"{op}: block_size: expected at least 1, got {block_size}")
-    return (window.shape[1] + block_size - 1) // block_size
-
-
 @torch.library.register_fake("mfac_kernels::window_dots")
 def _(window: Tensor, x: Tensor, block_size: int) -> Tensor:
     op = "window_dots"
@@ -128,7 +118,7 @@ def _(window: Tensor, x: Tensor, block_size: int) -> Tensor:
         x.shape[1] == window.shape[1],
         f"{op}: x: expected {window.shape[1]} columns, as window has, got {x.shape[1]}",
     )
-    blocks = _blocks(op, window, block_size)
+    blocks = block_count(op, window, block_size)
     return window.new_empty(blocks, x.shape[0], window.shape[0], dtype=torch.float64)
 
 
@@ -144,7 +134,7 @@ def _(
 ) -> Tensor:
     op = "window_combine"
     check_rows(op, "window", window)
-    blocks = _blocks(op, window, block_size)
+    blocks = block_count(op, window, block_size)
     check(
         coefficients.dim() == 3,
         f"{op}: coefficients: expected 3 dimensions, got shape {tuple(coefficients.shape)}",

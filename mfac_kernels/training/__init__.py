@@ -1,28 +1,24 @@
 """Training of small image classifiers with several optimizers side by side, and its report.
 
-Used by ``mfac-kernels train``; the plots and bars need the ``demo`` extra.
+Used by ``mfac-kernels train``; the plots, the bar and two of the datasets need the ``demo`` extra.
 """
 
 from __future__ import annotations
 
-from mfac_kernels.training.loop import (
+from mfac_kernels.training.comparison import compare
+from mfac_kernels.training.loop import EVALUATIONS, evaluate, train
+from mfac_kernels.training.models import MODELS, build_model
+from mfac_kernels.training.optimizers import (
     CHOSEN,
-    EVALUATIONS,
     GRID,
     GRID_STEPS,
-    Comparison,
-    Evaluation,
     KFACConfig,
     MFACConfig,
     OptimizerConfig,
-    RunResult,
     SGDConfig,
-    compare,
-    evaluate,
-    train,
 )
-from mfac_kernels.training.models import MODELS, build_model
 from mfac_kernels.training.report import format_table, write_grid, write_report
+from mfac_kernels.training.results import Comparison, Evaluation, RunResult
 
 __all__ = [
     "CHOSEN",

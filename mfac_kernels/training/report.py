@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mfac_kernels.datasets import require
-from mfac_kernels.training.loop import (
-    GRID,
-    GRID_STEPS,
-    TAIL,
-    Comparison,
-    OptimizerConfig,
-    RunResult,
-)
+from mfac_kernels.training._extra import require
+from mfac_kernels.training.optimizers import GRID, GRID_STEPS, OptimizerConfig
+from mfac_kernels.training.results import TAIL, Comparison, RunResult
 
 __all__ = ["format_settings", "format_table", "plot_curves", "write_grid", "write_report"]
 

@@ -252,7 +252,7 @@ def test_overflow_is_not_finite(device, instruction_set):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_for_any_number_of_threads(dtype, threads, device, instruction_set):
+def test_same_bits_for_any_number_of_threads(dtype, same_bits, device, instruction_set):
     g = random((70, 2_500) if SIMT else (270, 9_000), dtype, 0, device)
     few = g[:30]
     transform = reference.inverse_transform(few.cpu(), 1.0).to(device)
@@ -266,12 +266,7 @@ def test_same_bits_for_any_number_of_threads(dtype, threads, device, instruction
             *ops.block_inverse(few, 65, 1.0, 30.0),
         ]
 
-    threads(1)
-    once = results()
-    for count in (1, 2, 3):
-        threads(count)
-        for got, want in zip(results(), once, strict=True):
-            assert torch.equal(got, want)
+    same_bits(results)
 
 
 def samples(dtype: torch.dtype, device: str) -> list[tuple[str, tuple[object, ...]]]:

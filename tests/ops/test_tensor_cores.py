@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from kronecker_cases import blocks_of
 from torch import Tensor
 
 import mfac_kernels as mk
@@ -41,14 +42,6 @@ def assert_factor(got: Tensor, want: Tensor, size: Tensor, terms: int) -> None:
     assert torch.equal(got, got.mT)
     error = (got.double() - want).abs()
     assert bool((error <= (min(terms, 512) + 6) * torch.finfo(torch.float32).eps * size).all())
-
-
-def blocks_of(dense: Tensor, size: int) -> Tensor:
-    parts = reference.block_diagonal(dense, size)
-    out = dense.new_zeros(len(parts), size, size)
-    for block, part in zip(out, parts, strict=True):
-        block[: len(part), : len(part)] = part
-    return out
 
 
 # Ragged chunks, slabs and runs of rows; several tiles, ragged vectors; blocks with the bias in the last one or alone.

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mfac_kernels import cli, datasets
+from mfac_kernels import cli
+from mfac_kernels.training import datasets
+
+load = datasets.load
 
 
 @pytest.fixture(autouse=True)
@@ -21,7 +24,7 @@ def same_number_of_threads() -> object:
 def unavailable(name: str, data_dir: Path | None = None) -> datasets.Dataset:
     """Stands for datasets.load on a machine without a network."""
     if name == "digits":
-        return datasets._dataset(name, datasets._load_digits(), datasets._DIGITS, "scikit-learn")
+        return load(name)
     raise datasets.DatasetUnavailable(f"cannot fetch {name}: no network")
 
 

