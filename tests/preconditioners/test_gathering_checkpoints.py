@@ -94,7 +94,7 @@ def test_a_part_of_the_calls_is_checkpointed(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_sampled_labels(way, kind, calls):
-    """A backward pass for each unit vector of the output, which sum to the Gauss-Newton matrix; the real one is none."""
+    """A backward pass for each unit vector of the output: they sum to the Gauss-Newton matrix. The real one is none."""
     net, x, found = Net(kind, calls), batch(kind), []
     for through in (plainly, WAYS[way]):
         p = kfac(net, fisher_type="mc", accumulation_steps=2)
