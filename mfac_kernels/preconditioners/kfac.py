@@ -127,6 +127,8 @@ class KFAC(Preconditioner):
         self.inv_update_steps = positive_int("inv_update_steps", inv_update_steps)
         self.scaler = scaler
         input_block, output_block = group_size if isinstance(group_size, tuple) else (group_size, group_size)
+        if loss_average == "positions":
+            approximation = "expand"  # of samples that have one position each, both are the same
         options = Options(spatial, approximation, input_block, output_block, masked)
         names = Names(None if include is None else tuple(include), tuple(skip_layers))
         self._layers, self.skipped_layers = find_layers(model, options, normalization, names)
@@ -227,6 +229,7 @@ class KFAC(Preconditioner):
     def paused(self) -> Iterator[None]:
         """Forward and backward passes inside give no factors: probes, penalties, the second pass of SAM."""
         self._gatherer.paused += 1
+        self._gatherer.idle = False
         try:
             yield
         finally:
