@@ -98,7 +98,7 @@ def choose_cuda() -> tuple[int, int] | None:
 
 
 def ops_sources(cuda: bool, simt: bool) -> list[str]:
-    """All of csrc but the rooms that this build leaves out: cuda/, or cpu/, whose place the interpreted kernels take."""
+    """All of csrc but what this build leaves out: cuda/, or cpu/ if the interpreted kernels take its place."""
     left_out = {"cpu"} if simt else {"simt"} if cuda else {"simt", "cuda"}
     files = [path.relative_to(ROOT) for suffix in ("cpp", "cu") for path in (ROOT / "csrc").rglob(f"*.{suffix}")]
     chosen = sorted(path for path in files if path.parent.name not in left_out and path.name != "module.cpp")
