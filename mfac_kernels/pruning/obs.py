@@ -4,9 +4,9 @@ To second order, dropping the weights w_Q costs rho_Q = w_Q^T ([F^-1]_QQ)^-1 w_Q
 
     dw = -F^-1[:, Q] ([F^-1]_QQ)^-1 w_Q.
 
-Sources: Hassibi, Stork, "Second order derivatives for network pruning: optimal brain surgeon", NIPS 1992; Singh, Alistarh,
-"WoodFisher", NeurIPS 2020; Frantar, Kurtic, Alistarh, "M-FAC", NeurIPS 2021; for groups, Kurtic et al., "The optimal
-BERT surgeon", EMNLP 2022.
+Sources: Hassibi, Stork, "Second order derivatives for network pruning: optimal brain surgeon", NIPS 1992; Singh,
+Alistarh, "WoodFisher", NeurIPS 2020; Frantar, Kurtic, Alistarh, "M-FAC", NeurIPS 2021; for groups, Kurtic et al., "The
+optimal BERT surgeon", EMNLP 2022.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ def test_layers_have_a_threshold_each():
     w, static, _ = problem(8, 60, None, 5)
     w[:20] *= 100
     _, everywhere = obs_prune(w, static, 0.5)
-    new, mask = obs_prune(w, static, 0.5, layers=[20, 10, 30])
+    _, mask = obs_prune(w, static, 0.5, layers=[20, 10, 30])
     assert int((~everywhere[:20]).sum()) < 5
     assert [int((~part).sum()) for part in mask.split([20, 10, 30])] == [10, 5, 15]
     _, fours = obs_prune(w, static, 0.5, layers=[21, 39], pattern="2:4")
