@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mfac_kernels.fisher import _checks
-from mfac_kernels.pruning.collect import Each, Loss, collect
+from mfac_kernels.fisher.static import StaticFisher
+from mfac_kernels.pruning.collect import Each, Gradients, Loss, collect
 from mfac_kernels.pruning.masks import Masks
 from mfac_kernels.pruning.obs import candidates, check_sparsity, choose, update
 from mfac_kernels.pruning.patterns import parse
@@ -69,6 +70,7 @@ def prune(
     exclude: Sequence[str] = (),
     masks: Mapping[str, Tensor] | None = None,
     after_step: Callable[[nn.Module], object] | None = None,
+    gradients: Gradients | None = None,
     dry_run: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -86,7 +88,8 @@ def prune(
         sparsity: of all prunable weights, in [0, 1).
         loss, each, dtype, memory, progress: see :func:`collect`. The model is in the mode that it is given in.
         batches: see :func:`collect`; iterated anew for every step.
-        ngrads, damping, block_size: of the Fisher; one over all prunable weights, in the order of the model.
+        ngrads, damping, block_size: of the Fisher; one over all prunable weights, in the order of the model. Blocks of
+            1 are the diagonal Fisher; no gradients at all, F = damping I, is pruning by magnitude.
         joint, pattern, group_size: see :func:`obs_prune`. Groups do not cross the rows of ``weight.flatten(1)``.
         scope: ``"global"``: one threshold; ``"layer"``: the sparsity holds in each parameter.
         recomputations: steps of the schedule; 1 is one shot.
@@ -94,6 +97,8 @@ def prune(
         masks: of an earlier call: what they drop stays dropped, and the schedule starts there.
         after_step: called with the model after each step, for example to estimate batch statistics again
             (``torch.optim.swa_utils.update_bn``).
+        gradients: for the first step, in place of collecting them: those of all prunable parameters, at the present
+            weights.
         dry_run: change nothing: the masks of a single step to ``sparsity`` from the present weights.
         device: of the Fisher's arithmetic; default that of the gradients, the CPU's memory.
         path: a folder for gradients (see :func:`collect`) and for the model between steps: a call that was interrupted
@@ -110,6 +115,10 @@ def prune(
     kind = parse(pattern, group_size)
     check_sparsity(sparsity, kind)
     _checks.positive_int("recomputations", recomputations)
+    if ngrads != 0:
+        _checks.positive_int("ngrads", ngrads)
+    if gradients is not None and gradients.names != tuple(parameters):
+        raise ValueError(f"gradients: expected those of {list(parameters)}, got {list(gradients.names)}")
     if scope not in ("global", "layer"):
         raise ValueError(f"scope: expected 'global' or 'layer', got {scope!r}")
     given = Masks({} if masks is None else masks)
@@ -137,22 +146,26 @@ def prune(
     try:
         for number in range(len(steps), len(schedule)):
             started = time.perf_counter()
-            gradients = collect(
-                model,
-                loss,
-                batches,
-                ngrads,
-                each=each,
-                names=tuple(parameters),
-                masks=flat.split(kept),
-                dtype=dtype,
-                memory=memory,
-                path=None if folder is None else folder / "gradients",
-                progress=progress,
-            )
+            if gradients is None and ngrads:
+                gradients = collect(
+                    model,
+                    loss,
+                    batches,
+                    ngrads,
+                    each=each,
+                    names=tuple(parameters),
+                    masks=flat.split(kept),
+                    dtype=dtype,
+                    memory=memory,
+                    path=None if folder is None else folder / "gradients",
+                    progress=progress,
+                )
             collected = time.perf_counter()
-            fisher = gradients.fisher(damping, block_size=block_size, device=place)
             weights = flat.join(parameters)
+            if gradients is None:
+                fisher = StaticFisher(weights.new_empty(0, len(weights), device=place), damping, block_size=1, ngrads=1)
+            else:
+                fisher = gradients.fisher(damping, block_size=block_size, device=place)
             found = candidates(weights.to(place), fisher, kind, index.to(place), kept.to(place))
             chosen = choose(found, kept.to(place), schedule[number], layers)
             new, mask = update(weights.to(place), fisher, found, chosen, kept.to(place), joint=joint)
@@ -163,14 +176,16 @@ def prune(
                 if after_step is not None:
                     after_step(model)
             spent = collected - started, time.perf_counter() - collected
-            steps.append(Step(_dropped(kept), len(gradients.rows), gradients.skipped, cost, *spent))
-            del gradients, fisher, found
+            used, skipped = (0, 0) if gradients is None else (len(gradients.rows), gradients.skipped)
+            steps.append(Step(_dropped(kept), used, skipped, cost, *spent))
+            gradients = None
+            del fisher, found
             if folder is not None:
                 content = [[*vars(step).values()] for step in steps]
                 state = {"model": model.state_dict(), "kept": kept, "schedule": schedule, "steps": content}
                 torch.save(state, folder / "model.partial")
                 (folder / "model.partial").replace(folder / "model.pt")  # whole or not at all
-                shutil.rmtree(folder / "gradients")
+                shutil.rmtree(folder / "gradients", ignore_errors=True)
     except BaseException:
         model.load_state_dict(before)
         raise

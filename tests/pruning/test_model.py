@@ -78,6 +78,33 @@ def test_only_what_may_be_pruned_changes():
         assert torch.equal(value, before[name]) == (name != "0.weight")
 
 
+def test_no_gradients_is_magnitude():
+    model = network()
+    weights = flat(model)
+    result = prune(model, 0.5, loss, [], ngrads=0, recomputations=3)
+    kept = weights.abs() > weights.abs().sort().values[57]
+    assert torch.equal(flat(model), torch.where(kept, weights, 0))
+    assert result.steps[-1].gradients == 0
+
+
+def test_blocks_of_one_are_the_diagonal_fisher():
+    model = network()
+    weights, rows = flat(model), collect(network(), loss, batches(), 3, names=PRUNABLE).rows
+    prune(model, 0.5, loss, batches(), block_size=1, recomputations=1, damping=1e-3)
+    costs = weights.square() * (1e-3 + rows.square().mean(0)) / 2
+    assert torch.equal(flat(model), torch.where(costs > costs.sort().values[57], weights, 0))
+
+
+def test_given_gradients_are_those_of_the_first_step():
+    want, got = network(), network()
+    prune(want, 0.5, loss, batches(), recomputations=2)
+    gradients = collect(got, loss, batches(), 256, names=PRUNABLE)
+    prune(got, 0.5, loss, batches(), recomputations=2, gradients=gradients)
+    assert same(state(got), state(want))
+    again = network()
+    prune(again, 0.5, loss, [], recomputations=1, gradients=gradients)
+
+
 def test_layers_and_patterns():
     model = network()
     result = prune(model, 0.5, loss, batches(), scope="layer", recomputations=2)
@@ -181,7 +208,8 @@ ROWS = [
     ({"masks": {"4.bias": torch.ones(5) > 0}}, ValueError, "masks: expected prunable parameters, got '4.bias'"),
     ({"masks": {"4.weight": torch.ones(5) > 0}}, ValueError, r"masks\['4.weight'\]: expected shape \(5, 16\)"),
     ({"damping": 0}, ValueError, "damping: expected a positive finite number, got 0"),
-    ({"ngrads": 0}, ValueError, "count: expected at least 1, got 0"),
+    ({"ngrads": -1}, ValueError, "ngrads: expected at least 1, got -1"),
+    ({"gradients": collect(network(), loss, batches(), 1)}, ValueError, "gradients: expected those of"),
 ]
 
 
