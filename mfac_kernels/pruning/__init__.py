@@ -4,10 +4,22 @@ obs_prune: flat weights and a :class:`~mfac_kernels.StaticFisher`. prune: a mode
 gradients for a Fisher. Masks: what was dropped, while the model is trained on.
 """
 
-from mfac_kernels.pruning.collect import Gradients, collect
+from mfac_kernels.pruning.collect import Each, Gradients, collect
 from mfac_kernels.pruning.masks import Held, Masks
-from mfac_kernels.pruning.model import Pruned, Step, prune
+from mfac_kernels.pruning.model import Pruned, Step, prunable, prune
 from mfac_kernels.pruning.obs import obs_prune
 from mfac_kernels.pruning.schedule import sparsities
 
-__all__ = ["Gradients", "Held", "Masks", "Pruned", "Step", "collect", "obs_prune", "prune", "sparsities"]
+__all__ = [
+    "Each",
+    "Gradients",
+    "Held",
+    "Masks",
+    "Pruned",
+    "Step",
+    "collect",
+    "obs_prune",
+    "prunable",
+    "prune",
+    "sparsities",
+]

@@ -22,7 +22,7 @@ from mfac_kernels.pruning.obs import candidates, check_sparsity, choose, update
 from mfac_kernels.pruning.patterns import parse
 from mfac_kernels.pruning.schedule import sparsities
 
-__all__ = ["Pruned", "Step", "prune"]
+__all__ = ["Pruned", "Step", "prunable", "prune"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def prune(
         TypeError, ValueError: an argument outside these ranges; a pattern in ``exclude`` that fits nothing.
         torch.linalg.LinAlgError: a block that is not positive definite. The model is as it was, after any exception.
     """
-    parameters = _prunable(model, exclude)
+    parameters = prunable(model, exclude)
     kind = parse(pattern, group_size)
     check_sparsity(sparsity, kind)
     _checks.positive_int("recomputations", recomputations)
@@ -192,7 +192,8 @@ def prune(
     return Pruned(Masks({name: mask.to(parameters[name].device) for name, mask in flat.split(kept).items()}), steps)
 
 
-def _prunable(model: nn.Module, exclude: Sequence[str]) -> dict[str, nn.Parameter]:
+def prunable(model: nn.Module, exclude: Sequence[str] = ()) -> dict[str, nn.Parameter]:
+    """The parameters that :func:`prune` prunes: of two or more dimensions, that require a gradient, not excluded."""
     if isinstance(exclude, str):
         raise TypeError(f"exclude: expected a sequence of names, got the string {exclude!r}")
     found = {n: p for n, p in model.named_parameters() if p.requires_grad and p.dim() >= 2 and p.numel()}
