@@ -133,9 +133,16 @@ class DualBlocks:
     def free_part(self, values: Tensor, free: Tensor) -> Tensor:
         """-F_PP^-1 F_PQ v_Q on the free coordinates P, zero on the others Q: values (1, dim), zero on P -> (1, dim).
 
-        By the push-through identity -G_P^T (n damping I + G_P G_P^T)^-1 G_Q v_Q: m x m, however many are fixed.
+        By the push-through identity -G_P^T (n damping I + G_P G_P^T)^-1 G_Q v_Q: m x m, however many are fixed. If
+        these are few, G_P G_P^T is what they leave of G G^T.
         """
-        lower = cholesky(gram_of(self._rows, free), self._damping * self._ngrads)
+        shift = self._damping * self._ngrads
+        if self._rows.block_count == 1 and 2 * int(free.sum()) > self._rows.dim:
+            gram = self._lower @ self._lower.mT - gram_of(self._rows, ~free)
+            gram.diagonal(dim1=1, dim2=2).sub_(shift)
+        else:
+            gram = gram_of(self._rows, free)
+        lower = cholesky(gram, shift)
         weights = torch.cholesky_solve(self._rows.dots(values).mT, lower).mT
         return self._rows.subtract(torch.zeros_like(values), weights, 1.0) * free
 
@@ -183,6 +190,10 @@ def gram_of(rows: Rows, keep: Tensor | None = None) -> Tensor:
     In float64 whatever the gradients' dtype: an error of K is amplified by |g|^2 / (n damping) in every product that
     follows.
     """
+    if keep is not None and rows.block_count == 1:
+        grams = [block_gram(page, max(1, page.shape[1]), double_precision=True) for page in rows.compact_pages(keep)]
+        grams = [gram for gram in grams if len(gram)]  # a page without columns has no block
+        return sum(grams, torch.zeros(1, rows.count, rows.count, dtype=torch.float64, device=rows.device))
     grams = [block_gram(page, min(rows.block_size, b - a), double_precision=True) for a, b, page in rows.pages(keep)]
     gram = torch.cat(grams) if rows.block_count > 1 else sum(grams[1:], grams[0])
     if not bool(gram.isfinite().all()):

@@ -70,6 +70,12 @@ class Rows:
             page = parts[0] if len(parts) == 1 else torch.cat(parts)
             yield a, b, page if keep is None else page * keep[a:b]
 
+    def compact_pages(self, keep: Tensor) -> Iterator[Tensor]:
+        """The columns of all rows where ``keep`` (dim,) is true, without the others, as copies."""
+        for a, b in self._ranges(max(1, _COPY_ELEMENTS // max(1, self.count))):
+            index = keep[a:b].nonzero()[:, 0]
+            yield torch.cat([self._load(part, a, b).index_select(1, index) for part in self._parts])
+
     def dots(self, x: Tensor) -> Tensor:
         """X G^T for each curvature block: x (k, dim) -> (blocks, k, count) float64."""
         parts = []

@@ -30,7 +30,7 @@ class Gradients:
     """Gradients of the parameters ``names``, flattened and concatenated in that order.
 
     Attributes:
-        rows: (m, d), the gradients used.
+        rows: (m, d), the gradients used; of the entries that are kept alone, if there were masks.
         names: of the parameters.
         skipped: gradients that were not finite and are not among the rows.
         memory: bytes that a page may take where rows stream to another device, or None.
@@ -74,7 +74,7 @@ def collect(
             dicts of tensors whose first dimension counts the samples, and ``loss`` sees one at a time, through
             ``torch.func``. ``"loop"``: the same by a loop, for what ``torch.func`` cannot transform.
         names: of the parameters; by default all that require a gradient.
-        masks: name -> mask: gradients are multiplied by it.
+        masks: name -> mask of what is kept: the rows have these entries and no others.
         dtype: of the rows; bfloat16 halves the memory.
         memory: bytes that the rows may take. More is an error, unless ``path`` is given: then the bound is that of a
             page.
@@ -95,24 +95,24 @@ def collect(
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
                 raise ValueError(f"each: expected 'batch' where batch statistics are used ({name}), got {each!r}")
-    dim = sum(p.numel() for p in parameters.values())
+    kept = None
+    if masks is not None:
+        unit = [masks[n].to(p.device) if n in masks else torch.ones_like(p) for n, p in parameters.items()]
+        kept = torch.cat([m.reshape(-1).to(torch.bool) for m in unit]).nonzero()[:, 0]
+    dim = sum(p.numel() for p in parameters.values()) if kept is None else len(kept)
     size = count * dim * dtype.itemsize
     if memory is not None and path is None and size > _checks.positive_int("memory", memory):
         raise ValueError(
             f"memory: expected at least {size} bytes for {count} gradients of {dim} {dtype} elements, got {memory} "
             f"(enough for {memory // (dim * dtype.itemsize)}); take fewer, another dtype or a path"
         )
-    mask = None
-    if masks is not None:
-        unit = [masks[n].to(p.device) if n in masks else torch.ones_like(p) for n, p in parameters.items()]
-        mask = torch.cat([m.reshape(-1).to(torch.bool) for m in unit])
-    rows = _Rows(count, dim, dtype, path, _fingerprint(parameters, mask, each) if path is not None else "")
+    rows = _Rows(count, dim, dtype, path, _fingerprint(parameters, kept, each) if path is not None else "")
     chunk = _CHUNK if memory is None else max(1, min(_CHUNK, memory // (4 * dim)))
     source = _gradients(model, loss, parameters, islice(batches, rows.batches, None), each, chunk)
     with _bar(count, rows.count, progress) as update:
         while rows.count < count and (batch := next(source, None)) is not None:
             for g in batch:
-                rows.add(g if mask is None else g * mask)
+                rows.add(g if kept is None else g[kept])
                 update(rows.count)
                 if rows.count == count:
                     break
@@ -252,13 +252,13 @@ class _Rows:
         partial.replace(self._record)  # whole or not at all
 
 
-def _fingerprint(parameters: dict[str, nn.Parameter], mask: Tensor | None, each: Each) -> str:
+def _fingerprint(parameters: dict[str, nn.Parameter], kept: Tensor | None, each: Each) -> str:
     digest = hashlib.sha256(each.encode())
     for name, p in parameters.items():
         digest.update(name.encode())
         digest.update(_bytes(p.detach()))
-    if mask is not None:
-        digest.update(_bytes(mask))
+    if kept is not None:
+        digest.update(_bytes(kept))
     return digest.hexdigest()
 
 

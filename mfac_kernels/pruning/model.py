@@ -18,7 +18,7 @@ from mfac_kernels.fisher import _checks
 from mfac_kernels.fisher.static import StaticFisher
 from mfac_kernels.pruning.collect import Each, Gradients, Loss, collect
 from mfac_kernels.pruning.masks import Masks
-from mfac_kernels.pruning.obs import candidates, check_sparsity, choose, update
+from mfac_kernels.pruning.obs import candidates, check_sparsity, choose, targets, update
 from mfac_kernels.pruning.patterns import parse
 from mfac_kernels.pruning.schedule import sparsities
 
@@ -81,15 +81,15 @@ def prune(
     """Prune the weights of a model, in place, by the optimal brain surgeon on an M-FAC Fisher.
 
     Pruned are the parameters of two or more dimensions that require a gradient; biases and normalisation stay as they
-    are. At each of the ``recomputations`` sparsities of :func:`sparsities` gradients are collected at the weights as
-    they are then, masked, and :func:`obs_prune` takes its step.
+    are. At each of the ``recomputations`` sparsities of :func:`sparsities` gradients of the weights that are left are
+    collected, and these weights take the step of :func:`obs_prune`.
 
     Args:
         sparsity: of all prunable weights, in [0, 1).
         loss, each, dtype, memory, progress: see :func:`collect`. The model is in the mode that it is given in.
         batches: see :func:`collect`; iterated anew for every step.
-        ngrads, damping, block_size: of the Fisher; one over all prunable weights, in the order of the model. Blocks of
-            1 are the diagonal Fisher; no gradients at all, F = damping I, is pruning by magnitude.
+        ngrads, damping, block_size: of the Fisher; one over all weights left, in the order of the model. Blocks
+            of 1 are the diagonal Fisher; no gradients at all, F = damping I, is pruning by magnitude.
         joint, pattern, group_size: see :func:`obs_prune`. Groups do not cross the rows of ``weight.flatten(1)``.
         scope: ``"global"``: one threshold; ``"layer"``: the sparsity holds in each parameter.
         recomputations: steps of the schedule; 1 is one shot.
@@ -161,16 +161,22 @@ def prune(
                     progress=progress,
                 )
             collected = time.perf_counter()
-            weights = flat.join(parameters)
+            weights = flat.join(parameters)[kept].to(place)
             if gradients is None:
-                fisher = StaticFisher(weights.new_empty(0, len(weights), device=place), damping, block_size=1, ngrads=1)
+                fisher = StaticFisher(weights.new_empty(0, len(weights)), damping, block_size=1, ngrads=1)
             else:
                 fisher = gradients.fisher(damping, block_size=block_size, device=place)
-            found = candidates(weights.to(place), fisher, kind, index.to(place), kept.to(place))
-            chosen = choose(found, kept.to(place), schedule[number], layers)
-            new, mask = update(weights.to(place), fisher, found, chosen, kept.to(place), joint=joint)
+            position = torch.where(kept, kept.cumsum(0) - 1, -1)
+            found = candidates(weights, fisher, kind, torch.where(index < 0, index, position[index]).to(place))
+            left = [int(part.sum()) for part in torch.split(kept, layers)]
+            chosen = choose(found, left, targets(kept, schedule[number], layers))
+            moved, mask = update(
+                weights, fisher, found, chosen, torch.ones_like(weights, dtype=torch.bool), joint=joint
+            )
             cost = float(found.rho[chosen].sum())
-            kept = mask.to(kept.device)
+            new = torch.zeros(len(kept), dtype=moved.dtype)
+            new[kept] = moved.cpu()
+            kept = kept.masked_scatter(kept, mask.cpu())
             if not dry_run:
                 flat.write(new)
                 if after_step is not None:

@@ -82,9 +82,22 @@ def obs_prune(
         raise ValueError(f"layers: expected sizes that sum to {fisher.dim}, got {sum(sizes)}")
     kept = check_mask(mask, w)
     index = kind.groups([(1, n) for n in sizes]).to(w.device)
-    found = candidates(w, fisher, kind, index, kept)
-    chosen = choose(found, kept, share, sizes)
+    found = candidates(w, fisher, kind, torch.where((index >= 0) & kept[index], index, -1))
+    chosen = choose(found, sizes, targets(kept, share, sizes))
     return update(w, fisher, found, chosen, kept, joint=joint)
+
+
+def targets(kept: Tensor, sparsity: float, layers: Sequence[int]) -> list[int]:
+    """How many weights are still to drop of each layer; ValueError if more are dropped already."""
+    counts = []
+    for size, part in zip(layers, torch.split(kept, list(layers)), strict=True):
+        dropped = int((~part).sum())
+        counts.append(round(sparsity * size) - dropped)
+        if counts[-1] < 0:
+            raise ValueError(
+                f"sparsity: expected at least what is dropped already, {dropped / size:g}, got {sparsity:g}"
+            )
+    return counts
 
 
 def check_sparsity(sparsity: float, pattern: Pattern) -> float:
@@ -109,8 +122,8 @@ def check_mask(mask: Tensor | None, weights: Tensor) -> Tensor:
     return mask
 
 
-def candidates(weights: Tensor, fisher: StaticFisher, pattern: Pattern, index: Tensor, kept: Tensor) -> Candidates:
-    """What may be dropped of the groups ``index`` (q, size), and its cost.
+def candidates(weights: Tensor, fisher: StaticFisher, pattern: Pattern, index: Tensor) -> Candidates:
+    """What may be dropped of the groups ``index`` (q, size), -1 where there is no weight (any more), and its cost.
 
     Of a group that leaves a choice, the cheapest subset; one that has no less dropped already has nothing to drop.
     """
@@ -118,14 +131,14 @@ def candidates(weights: Tensor, fisher: StaticFisher, pattern: Pattern, index: T
     if pattern.size == 1:
         diagonal = fisher.diagonal().to(w.dtype)
         solved = w / diagonal
-        rho = torch.where(kept, w * solved / 2, torch.inf)[index[:, 0]]
+        rho = torch.where(index[:, 0] >= 0, (w * solved / 2)[index[:, 0]], torch.inf)
         return Candidates(index, rho, solved[index])
     parts = []
     subsets = pattern.subsets().to(index.device)
     page = max(1, _PAGE_ELEMENTS // (len(subsets) * pattern.size**2))
     for start in range(0, len(index), page):
         groups = index[start : start + page]
-        alive = (groups >= 0) & kept[groups]  # a group's end has index -1 and whatever kept[-1] is
+        alive = groups >= 0
         matrices = _padded(fisher.group_submatrices(groups.clamp_min(0)), alive)
         values = torch.where(alive, w[groups].double(), 0)
         if not pattern.choice:
@@ -160,27 +173,20 @@ def _cost(matrices: Tensor, values: Tensor, alive: Tensor) -> tuple[Tensor, Tens
     return torch.where(alive.any(-1), rho, torch.inf), solved
 
 
-def choose(found: Candidates, kept: Tensor, sparsity: float, layers: Sequence[int]) -> Tensor:
-    """The cheapest of the candidates, by rho per weight, that bring each layer to ``sparsity`` -> (chosen,) int64.
+def choose(found: Candidates, layers: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The cheapest of the candidates, by rho per weight -> (chosen,) int64.
 
-    Ties go to the first. Never more weights than round(sparsity size).
+    Of each layer, ``layers`` being the weights of each, up to so many weights as ``counts`` says. Ties go to the first.
     """
     chosen, start = [], 0
-    counts = (found.members >= 0).sum(1)
-    each = found.rho / counts.clamp_min(1)
+    sizes = (found.members >= 0).sum(1)
+    each = found.rho / sizes.clamp_min(1)
     layer_of = found.members.amax(1)  # -1 for a candidate with nothing in it, whose rho is infinite
-    for size in layers:
+    for size, count in zip(layers, counts, strict=True):
         stop = start + size
-        target = round(sparsity * size) - int((~kept[start:stop]).sum())
-        if target < 0:
-            raise ValueError(
-                f"sparsity: expected at least what is dropped already, {1 - float(kept[start:stop].float().mean()):g}, "
-                f"got {sparsity}"
-            )
         mine = ((layer_of >= start) & (layer_of < stop) & each.isfinite()).nonzero()[:, 0]
         order = mine[each[mine].argsort(stable=True)]
-        fits = counts[order].cumsum(0) <= target
-        chosen.append(order[: int(fits.sum())])
+        chosen.append(order[: int((sizes[order].cumsum(0) <= count).sum())])
         start = stop
     return torch.cat(chosen)
 

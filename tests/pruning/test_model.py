@@ -46,7 +46,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 @pytest.mark.parametrize("each", ["batch", "sample"])
 @pytest.mark.parametrize("block_size", [None, 20])
 def test_every_step_is_obs_prune_with_fresh_gradients(block_size, each, joint):
-    """Gradients at the weights of that step, masked."""
+    """Gradients at the weights of that step, of those that are left."""
     model, twin = network(), network()
     options = {"ngrads": 20, "each": each, "joint": joint, "block_size": block_size, "recomputations": 3}
     result = prune(model, 0.7, loss, batches(), damping=0.01, **options)
@@ -56,7 +56,11 @@ def test_every_step_is_obs_prune_with_fresh_gradients(block_size, each, joint):
         masks = {name: part.view(twin.get_parameter(name).shape) for name, part in parts.items()}
         rows = collect(twin, loss, batches(), 20, each=each, names=PRUNABLE, masks=masks).rows
         fisher = mk.StaticFisher(rows, 0.01, block_size=block_size)
-        new, mask = obs_prune(flat(twin), fisher, sparsity, joint=joint, mask=mask)
+        left = round(sparsity * 116) - int((~mask).sum())
+        moved, kept = obs_prune(flat(twin)[mask], fisher, left / rows.shape[1], joint=joint)
+        new = torch.zeros(116)
+        new[mask] = moved
+        mask = mask.masked_scatter(mask, kept)
         with torch.no_grad():
             for name, part in zip(PRUNABLE, new.split([36, 80]), strict=True):
                 twin.get_parameter(name).copy_(part.view(twin.get_parameter(name).shape))
