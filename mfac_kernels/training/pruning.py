@@ -62,6 +62,8 @@ class Setting:
     Attributes:
         ngrads, damping, joint, pattern, scope, exclude: see :func:`mfac_kernels.pruning.prune`.
         gradient_batch: images a gradient is the mean over; 1 for gradients of single images.
+        temperature: T: the Fisher is that of softmax(logits / T), with labels drawn from it. A network that is sure
+            of its training images has hardly any gradient there at T = 1. None: the images' own labels, at T = 1.
         recomputations: steps from the dense network to the highest sparsity, with the others on the way; 0: one shot,
             every sparsity from the dense network.
         tuning_steps: of SGD after every sparsity, the masks held; learning_rate decays linearly to zero in each.
@@ -71,6 +73,7 @@ class Setting:
     ngrads: int = 256
     damping: float = 1e-5
     gradient_batch: int = 1
+    temperature: float | None = 4.0
     joint: bool = True
     pattern: str = "unstructured"
     scope: str = "global"
@@ -150,11 +153,35 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
 
+class Likelihood:
+    """Where the gradients of a Fisher come from: batches, and a loss of them."""
+
+    def __init__(self, subject: Subject, setting: Setting, generator: torch.Generator) -> None:
+        self._temperature, self._generator = setting.temperature, generator
+        size = min(32, len(subject.data.train_images)) if setting.gradient_batch == 1 else setting.gradient_batch
+        self._batches, self._classes = subject.batches(generator, size), len(subject.data.classes)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(images, labels), or (images, noise of Gumbel's distribution (N, classes) to draw labels with)."""
+        for images, labels in self._batches:
+            if self._temperature is None:
+                yield images, labels
+            else:
+                uniform = torch.rand(len(images), self._classes, generator=self._generator)
+                yield images, -uniform.clamp_(1e-20, 1 - 1e-7).log_().neg_().log_()
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if self._temperature is None:
+            return loss(model, batch)
+        logits = model(batch[0]) / self._temperature
+        return F.cross_entropy(logits, (logits.detach() + batch[1]).argmax(1))
+
+
 def dense_gradients(subject: Subject, setting: Setting, seed: int) -> Gradients:
     """Of the network as it is, for the first step of any method."""
     names = list(prunable(subject.model, setting.exclude))
-    batches = _source(subject, setting, torch.Generator().manual_seed(seed))
-    return collect(subject.model.eval(), loss, batches, setting.ngrads, names=names, each=_each(setting))
+    source = Likelihood(subject, setting, torch.Generator().manual_seed(seed))
+    return collect(subject.model.eval(), source.loss, source, setting.ngrads, names=names, each=_each(setting))
 
 
 def run(
@@ -172,6 +199,7 @@ def run(
     ``gradients``: what :func:`dense_gradients` returns, so that methods need not collect them again.
     """
     generator = torch.Generator().manual_seed(seed + 1)
+    source = Likelihood(subject, setting, generator)
     model, masks, first = _fresh(subject), None, gradients
     counts = _recomputations(setting.recomputations, sparsities) if setting.recomputations else [1] * len(sparsities)
     for sparsity, count in zip(sparsities, counts, strict=True):
@@ -181,8 +209,8 @@ def run(
         result = prune(
             model,
             sparsity,
-            loss,
-            _source(subject, setting, generator),
+            source.loss,
+            source,
             ngrads=setting.ngrads if method.gradients else 0,
             damping=setting.damping,
             block_size=method.block_size,
@@ -227,11 +255,6 @@ def fine_tune(model: nn.Module, masks: Masks, subject: Subject, setting: Setting
 def _fresh(subject: Subject) -> nn.Module:
     model: nn.Module = copy.deepcopy(subject.model).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def _source(subject: Subject, setting: Setting, generator: torch.Generator) -> Batches:
-    size = min(32, len(subject.data.train_images)) if setting.gradient_batch == 1 else setting.gradient_batch
-    return subject.batches(generator, size)
 
 
 def _each(setting: Setting) -> Each:

@@ -58,6 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-batch", type=_positive, default=1, metavar="N", help="images that a gradient is the mean over"
     )
     parser.add_argument(
+        "--temperature",
+        type=float,
+        default=default.temperature,
+        metavar="T",
+        help="of the distribution whose Fisher it is; 0: the images' own labels, at temperature 1 (%(default)s)",
+    )
+    parser.add_argument(
         "--single",
         action="store_true",
         help="the paper's update, a sum over single weights, not the joint one",
@@ -97,6 +104,7 @@ def prune(arguments: argparse.Namespace) -> int:
         ngrads=arguments.ngrads,
         damping=arguments.damping,
         gradient_batch=arguments.gradient_batch,
+        temperature=arguments.temperature or None,
         joint=not arguments.single,
         pattern=arguments.pattern,
         scope=arguments.scope,
