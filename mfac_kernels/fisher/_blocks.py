@@ -131,7 +131,7 @@ class DualBlocks:
         return inverse.tril() + inverse.tril(-1).mT  # the halves of a product may round differently
 
     def free_part(self, values: Tensor, free: Tensor) -> Tensor:
-        """-F_PP^-1 F_PQ v_Q on the free coordinates P, zero on the others Q: values (1, dim), zero on P -> (1, dim).
+        """-F_PP^-1 F_PQ v_Q on the free coordinates P, anything on the others Q: values (1, dim), zero on P.
 
         By the push-through identity -G_P^T (n damping I + G_P G_P^T)^-1 G_Q v_Q: m x m, however many are fixed. If
         these are few, G_P G_P^T is what they leave of G G^T.
@@ -144,7 +144,7 @@ class DualBlocks:
             gram = gram_of(self._rows, free)
         lower = cholesky(gram, shift)
         weights = torch.cholesky_solve(self._rows.dots(values).mT, lower).mT
-        return self._rows.subtract(torch.zeros_like(values), weights, 1.0) * free
+        return self._rows.subtract(torch.zeros_like(values), weights, 1.0)
 
     def append(self, g: Tensor) -> None:
         """One more row of L in O(m^2) a block, after one pass for its Gram row; of V by the paper's recursion step."""

@@ -141,8 +141,9 @@ def prune(arguments: argparse.Namespace) -> int:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+    title = f"{setting.recomputations} recomputations" if setting.recomputations else "One shot"
     print(f"\n{format_accuracies(curves)}\n")
-    for path in write_pruning_report(curves, dense, conditions, arguments.out):
+    for path in write_pruning_report({title: curves}, dense, conditions, arguments.out):
         print(f"wrote {path}")
     return 0
 

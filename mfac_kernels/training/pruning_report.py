@@ -34,10 +34,13 @@ def format_accuracies(curves: Curves, *, before_tuning: bool = False) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
-def write_pruning_report(curves: Curves, dense: float, conditions: Mapping[str, Any], out: Path) -> list[Path]:
+def write_pruning_report(
+    tables: Mapping[str, Curves], dense: float, conditions: Mapping[str, Any], out: Path
+) -> list[Path]:
     """Write ``pruning.json``, ``pruning.md`` and ``pruning.png`` into ``out`` (made if missing).
 
     Args:
+        tables: title -> curves.
         dense: accuracy of the network before pruning.
 
     Raises:
@@ -49,48 +52,48 @@ def write_pruning_report(curves: Curves, dense: float, conditions: Mapping[str, 
     content = {
         "conditions": dict(conditions),
         "dense_accuracy": dense,
-        "curves": {label: [asdict(point) for point in points] for label, points in curves.items()},
+        "tables": {
+            title: {label: [asdict(point) for point in points] for label, points in curves.items()}
+            for title, curves in tables.items()
+        },
     }
     paths[0].write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    lines = [
-        "# Accuracy against sparsity",
-        "",
-        f"Test accuracy in per cent; the dense network has {100 * dense:.1f}.",
-        "",
-    ]
-    tuned = any(point.pruned != point.accuracy for points in curves.values() for point in points)
-    if tuned:
-        lines += ["After fine-tuning:", ""]
-    lines += [format_accuracies(curves), ""]
-    if tuned:
-        lines += ["Before fine-tuning at each sparsity:", "", format_accuracies(curves, before_tuning=True), ""]
+    lines = ["# Accuracy against sparsity", ""]
+    lines += [f"Test accuracy in per cent; the dense network has {100 * dense:.1f}.", ""]
+    for title, curves in tables.items():
+        lines += [f"## {title}", "", format_accuracies(curves), ""]
+        if any(point.pruned != point.accuracy for points in curves.values() for point in points):
+            lines += ["The same networks before fine-tuning:", "", format_accuracies(curves, before_tuning=True), ""]
     lines += ["![accuracy against sparsity](pruning.png)", "", *(f"- {k}: {v}" for k, v in conditions.items()), ""]
     paths[1].write_text("\n".join(lines), encoding="utf-8")
-    plot_accuracies(curves, dense, paths[2])
+    plot_accuracies(tables, dense, paths[2])
     return paths
 
 
-def plot_accuracies(curves: Curves, dense: float, path: Path) -> None:
-    """Mean accuracy against sparsity, a line a curve, as a PNG.
+def plot_accuracies(tables: Mapping[str, Curves], dense: float, path: Path) -> None:
+    """Mean accuracy against sparsity, a panel a table and a line a curve, as a PNG.
 
     Raises:
         MissingDependency: matplotlib is not installed.
     """
     figures = require("matplotlib.figure", "matplotlib", "to draw the curves")
     formatter = require("matplotlib.ticker", "matplotlib", "to draw the curves").PercentFormatter
-    figure = figures.Figure(figsize=(7.5, 4.6), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    axes.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
-    for label, points in curves.items():
-        targets = sorted({point.target for point in points})
-        means = [statistics.mean(p.accuracy for p in points if p.target == target) for target in targets]
-        axes.plot(targets, means, marker="o", markersize=4, label=label)
-    axes.set(xlabel="sparsity", ylabel="test accuracy")
-    axes.xaxis.set_major_formatter(formatter(xmax=1))
-    axes.yaxis.set_major_formatter(formatter(xmax=1))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    figure = figures.Figure(figsize=(2 + 4.5 * len(tables), 4.4), dpi=120, layout="constrained")
+    panels = figure.subplots(1, len(tables), sharey=True, squeeze=False)[0]
+    labels = list(dict.fromkeys(label for curves in tables.values() for label in curves))
+    for axes, (title, curves) in zip(panels, tables.items(), strict=True):
+        axes.axhline(dense, color="black", linewidth=0.8, linestyle=":", label="dense")
+        for label, points in curves.items():
+            targets = sorted({point.target for point in points})
+            means = [statistics.mean(p.accuracy for p in points if p.target == target) for target in targets]
+            axes.plot(targets, means, color=f"C{labels.index(label)}", marker="o", markersize=4, label=label)
+        axes.set(title=title, xlabel="sparsity")
+        axes.xaxis.set_major_formatter(formatter(xmax=1))
+        axes.yaxis.set_major_formatter(formatter(xmax=1))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
+    panels[0].set_ylabel("test accuracy")
     figure.savefig(path)
 
 

@@ -136,6 +136,14 @@ def test_a_half_dropped_four_completes_its_pair():
     assert error(new, reference.pruned(w, inverse, [[best]], joint=False)) <= TOLERANCE
 
 
+def test_no_four_loses_three_where_weights_are_zero():
+    """All pairs that can be dropped cost nothing: still the one with what is dropped already."""
+    mask = torch.tensor([True, True, False, True])
+    static = mk.StaticFisher(torch.ones(1, 4) * mask, DAMPING)
+    _, smaller = obs_prune(torch.tensor([0.0, 0.0, 0.0, 1.0]), static, 0.5, pattern="2:4", mask=mask)
+    assert smaller.tolist() == [False, True, False, True]
+
+
 def test_layers_have_a_threshold_each():
     w, static, _ = problem(8, 60, None, 5)
     w[:20] *= 100

@@ -174,7 +174,7 @@ def test_the_command_writes_its_files(tmp_path: Path, capsys):
     names = {"dense.pt", "full.pt", "full.masks.pt", "magnitude.pt", "magnitude.masks.pt"}
     assert {p.name for p in out.iterdir()} == names | {"pruning.json", "pruning.md", "pruning.png"}
     content = json.loads((out / "pruning.json").read_text())
-    assert [point["target"] for point in content["curves"]["M-FAC, full"]] == [0.5, 0.8]
+    assert [point["target"] for point in content["tables"]["2 recomputations"]["M-FAC, full"]] == [0.5, 0.8]
     assert content["conditions"]["prunable weights"] == 8832
     assert "| 80%      |" in capsys.readouterr().out
     assert cli.main(f"prune --checkpoint {tmp_path / 'none.pt'} --out {out}".split()) == 1
