@@ -8,6 +8,8 @@ Both answer the same questions, for blocks of b columns of G (the last one ragge
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -137,7 +139,7 @@ class DualBlocks:
         these are few, G_P G_P^T is what they leave of G G^T.
         """
         shift = self._damping * self._ngrads
-        if self._rows.block_count == 1 and 2 * int(free.sum()) > self._rows.dim:
+        if 2 * int(free.sum()) > self._rows.dim:
             gram = self._lower @ self._lower.mT - gram_of(self._rows, ~free)
             gram.diagonal(dim1=1, dim2=2).sub_(shift)
         else:
@@ -190,11 +192,11 @@ def gram_of(rows: Rows, keep: Tensor | None = None) -> Tensor:
     In float64 whatever the gradients' dtype: an error of K is amplified by |g|^2 / (n damping) in every product that
     follows.
     """
-    if keep is not None and rows.block_count == 1:
-        grams = [block_gram(page, max(1, page.shape[1]), double_precision=True) for page in rows.compact_pages(keep)]
-        grams = [gram for gram in grams if len(gram)]  # a page without columns has no block
-        return sum(grams, torch.zeros(1, rows.count, rows.count, dtype=torch.float64, device=rows.device))
-    grams = [block_gram(page, min(rows.block_size, b - a), double_precision=True) for a, b, page in rows.pages(keep)]
+    if keep is None:
+        pages: Iterator[tuple[int, Tensor]] = ((min(rows.block_size, b - a), g) for a, b, g in rows.pages())
+    else:
+        pages = rows.compact_pages(keep)
+    grams = [block_gram(page, width, double_precision=True) for width, page in pages]
     gram = torch.cat(grams) if rows.block_count > 1 else sum(grams[1:], grams[0])
     if not bool(gram.isfinite().all()):
         raise ValueError("grads: expected finite values, got NaN or infinity")

@@ -70,11 +70,23 @@ class Rows:
             page = parts[0] if len(parts) == 1 else torch.cat(parts)
             yield a, b, page if keep is None else page * keep[a:b]
 
-    def compact_pages(self, keep: Tensor) -> Iterator[Tensor]:
-        """The columns of all rows where ``keep`` (dim,) is true, without the others, as copies."""
-        for a, b in self._ranges(max(1, _COPY_ELEMENTS // max(1, self.count))):
+    def compact_pages(self, keep: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(width, columns) page by page: the columns where ``keep`` (dim,) is true, moved together within their block.
+
+        Blocks are ``width`` wide there, as the fullest one of the page is, and filled up with zeros.
+        """
+        size = self._whole(_COPY_ELEMENTS // max(1, self.count))
+        for a, b in self._ranges(size):
             index = keep[a:b].nonzero()[:, 0]
-            yield torch.cat([self._load(part, a, b).index_select(1, index) for part in self._parts])
+            unit = min(self.block_size, b - a)
+            blocks = index // unit
+            counts = torch.bincount(blocks, minlength=-(-(b - a) // unit))
+            width = max(1, int(counts.max()))
+            rank = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[blocks]
+            parts = [self._load(part, a, b).index_select(1, index) for part in self._parts]
+            page = torch.zeros(self.count, width * len(counts), dtype=self.dtype, device=self.device)
+            page[:, blocks * width + rank] = torch.cat(parts)
+            yield width, page
 
     def dots(self, x: Tensor) -> Tensor:
         """X G^T for each curvature block: x (k, dim) -> (blocks, k, count) float64."""
