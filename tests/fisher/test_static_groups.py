@@ -78,12 +78,13 @@ def test_the_minimum_under_constraints(shape, block_size, share, seed):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_size", BLOCKS)
-def test_the_minimum_with_pages_and_appended_gradients(block_size, dtype, gradients, device, monkeypatch):
+@pytest.mark.parametrize("few", [False, True])
+def test_the_minimum_with_pages_and_appended_gradients(few, block_size, dtype, gradients, device, monkeypatch):
     monkeypatch.setattr("mfac_kernels.fisher._rows._COPY_ELEMENTS", 200)
     m, d, damping = 11, 67, 0.1
     g = gradients(m + 2, d, norm=3.0).to(dtype)
     values = gradients(1, d, seed=1)[0].float()
-    fixed = torch.arange(d) % 3 > 0
+    fixed = (torch.arange(d) % 3 > 0) != few
     static = mk.StaticFisher(g[:m].to(device), damping, block_size=block_size, page_size=30)
     for row in g[m:].to(device):
         static.append(row)
