@@ -40,8 +40,8 @@ class Part:
 
 
 def parts(arguments: argparse.Namespace) -> list[Part]:
-    joint = pruning.Setting(ngrads=arguments.ngrads, recomputations=arguments.recomputations, statistics_images=1000)
-    paper = replace(joint, joint=False, recomputations=0, statistics_images=0, temperature=None)
+    joint = pruning.Setting(ngrads=arguments.ngrads, damping=1e-4, recomputations=arguments.recomputations)
+    paper = replace(joint, damping=1e-5, joint=False, recomputations=0, statistics_images=0, temperature=None)
     gradual = replace(joint, recomputations=len(SPARSITIES), tuning_steps=arguments.tuning_steps, batch_size=64)
     return [
         Part("one shot, the paper's update", paper, ("magnitude", "diagonal", "128", BLOCK, "full")),
@@ -112,7 +112,7 @@ def main() -> None:
 
 def settings_grid(joint: pruning.Setting) -> list[tuple[str, str, pruning.Setting]]:
     """(in words, method, setting): what each thing brings at one sparsity, then the dampings."""
-    plain = replace(joint, joint=False, recomputations=0, statistics_images=0, temperature=None)
+    plain = replace(joint, damping=1e-5, joint=False, recomputations=0, statistics_images=0, temperature=None)
     warm = replace(plain, temperature=joint.temperature)
     fresh = replace(warm, statistics_images=joint.statistics_images)
     few = replace(joint, recomputations=4)
@@ -121,9 +121,16 @@ def settings_grid(joint: pruning.Setting) -> list[tuple[str, str, pruning.Settin
         (f"labels of the network at temperature {joint.temperature:g}", BLOCK, warm),
         ("batch statistics estimated again", BLOCK, fresh),
         ("joint update", BLOCK, replace(fresh, joint=True)),
-        ("4 recomputations", BLOCK, few),
-        *((f"4 recomputations, damping {d:g}", BLOCK, replace(few, damping=d)) for d in (1e-6, 1e-4, 1e-3)),
-        ("512 gradients, 8 recomputations", BLOCK, replace(joint, ngrads=512, recomputations=8)),
+        ("4 recomputations, single updates, damping 1e-05", BLOCK, replace(few, joint=False, damping=1e-5)),
+        *(
+            (f"4 recomputations, joint, damping {d:g}", BLOCK, replace(few, damping=d))
+            for d in (1e-6, 1e-5, 1e-4, 1e-3)
+        ),
+        (
+            f"512 gradients, 8 recomputations, joint, damping {joint.damping:g}",
+            BLOCK,
+            replace(joint, ngrads=512, recomputations=8),
+        ),
     ]
 
 
