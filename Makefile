@@ -13,13 +13,14 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench paper-fig1 lint sanitize simt cuda-check cuda-wheel gpu wheel clean
+.PHONY: help install demo test bench paper-fig1 paper-pruning lint sanitize simt cuda-check cuda-wheel gpu wheel clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
 	@echo 'make test      build, then run the tests'
 	@echo 'make bench     build, then run the benchmarks'
 	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
+	@echo 'make paper-pruning  ResNet-20 on CIFAR-10 pruned to 50-95%: benchmarks/results/pruning.*; CHECKPOINT=file: that network'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make simt      the op tests on the CUDA kernels, run on the CPU in three orders of threads'
@@ -84,6 +85,9 @@ bench: $(stamp) $(stamp)-test
 
 paper-fig1: $(stamp) $(stamp)-demo
 	$(bin)/python benchmarks/paper_fig1.py
+
+paper-pruning: $(stamp) $(stamp)-demo
+	$(bin)/python benchmarks/paper_pruning.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 # ---- checks ---------------------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ FisherWindow, StaticFisher: inverse-Hessian-vector products from gradients (M-FA
 torch optimizer. ops: the kernels themselves. build_info, cpu_capability: what was built and what runs.
 """
 
-from mfac_kernels import ops
+from mfac_kernels import ops, pruning
 from mfac_kernels._library import build_info, cpu_capability
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.fisher.static import StaticFisher
@@ -25,4 +25,5 @@ __all__ = [
     "build_info",
     "cpu_capability",
     "ops",
+    "pruning",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``mfac-kernels info | train | bench``.
+"""The command line: ``mfac-kernels info | train | prune | bench``.
 
 Exit codes: 0 done; 1 it could not be done, with one line on stderr that says why; 2 wrong usage;
 130 interrupted. ``bench`` hands on pytest's exit code.
@@ -20,7 +20,7 @@ from typing import TypeVar
 import torch
 
 from mfac_kernels import training
-from mfac_kernels.training import datasets
+from mfac_kernels.training import datasets, pruning_command
 
 __all__ = ["main"]
 
@@ -150,6 +150,17 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--threads", type=_positive_int, metavar="N", help="CPU threads for torch")
     train.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)")
     train.set_defaults(command=_train)
+
+    prune = commands.add_parser(
+        "prune",
+        help="prune a network with several methods and report accuracy against sparsity",
+        description="Prune one network to several sparsities, by magnitude and by the optimal brain surgeon on Fishers "
+        "of several kinds. Prints a table and writes pruning.json, pruning.md and pruning.png.",
+        epilog=pruning_command.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pruning_command.add_arguments(prune)
+    prune.set_defaults(command=pruning_command.prune)
 
     bench = commands.add_parser(
         "bench",

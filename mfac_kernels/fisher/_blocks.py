@@ -8,6 +8,8 @@ Both answer the same questions, for blocks of b columns of G (the last one ragge
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
@@ -15,6 +17,7 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from mfac_kernels.fisher._cholesky import append_row, cholesky, diagonal_of, inverse_lower
 from mfac_kernels.fisher._rows import Rows
 from mfac_kernels.ops.static import block_gram, block_inverse
+from mfac_kernels.ops.window import window_combine
 
 
 class PrimalBlocks:
@@ -40,11 +43,33 @@ class PrimalBlocks:
         b = self._rows.block_size
         return self._inverse[i // b, i % b, j % b].to(torch.float64)
 
+    def group_submatrices(self, index: Tensor) -> Tensor:
+        """Entries at index x index for each group (q, k); meaningless across blocks."""
+        b = self._rows.block_size
+        within = index % b
+        return self._inverse[index[:, :, None] // b, within[:, :, None], within[:, None]].double()
+
+    def free_part(self, values: Tensor, free: Tensor) -> Tensor:
+        """-F_PP^-1 F_PQ v_Q on the free coordinates P, zero on the others Q: values (1, dim), zero on P -> (1, dim)."""
+        b = self._rows.block_size
+        dots = self._rows.dots(values)
+        parts = []
+        for a, stop, page in self._rows.pages(free):
+            first, blocks = a // b, -(-(stop - a) // b)
+            g = page.double()
+            inverse, info = block_inverse(g, b, self._damping, float(self._ngrads))
+            _raise_if_failed(info, first, self._damping)
+            product = window_combine(g, dots[first : first + blocks], beta=-1 / self._ngrads, block_size=b)
+            padded = torch.nn.functional.pad(product[0], (0, blocks * b - (stop - a))).view(blocks, b, 1)
+            parts.append(torch.bmm(inverse, padded).view(-1)[: stop - a])
+        return torch.cat(parts)[None]
+
     def append(self, g: Tensor) -> None:
         """Sherman-Morrison, the paper's recursion step in its b x b form: O(d b).
 
         In float64: from I / damping down to the inverse of a full Fisher all but the last digits cancel.
         """
+        self._rows.append(g)
         self._inverse = self._inverse.double()
         row = self._by_block(g.to(self._inverse.dtype)[None])
         v = torch.bmm(row, self._inverse)
@@ -66,11 +91,7 @@ class PrimalBlocks:
         for k in info.nonzero()[:, 0].tolist():
             columns = page[:, k * b : (k + 1) * b].contiguous().to(torch.float64)
             again, failed = block_inverse(columns, b, self._damping, float(self._ngrads))
-            if int(failed[0]):
-                raise LinAlgError(
-                    f"block {first_column // b + k}: not positive definite at damping {self._damping:g}: "
-                    f"its leading minor of order {int(failed[0])} is not positive"
-                )
+            _raise_if_failed(failed, first_column // b + k, self._damping)
             inverse[k] = again[0]
         return inverse
 
@@ -101,10 +122,31 @@ class DualBlocks:
         """Entries (i, j) of blocks that i and j share; meaningless where they do not."""
         return (i == j).double() / self._damping - (self._whitened(i) * self._whitened(j)).sum(0)
 
-    def submatrix(self, index: Tensor) -> Tensor:
-        """[F^-1] at index x index, for one block."""
-        w = self._whitened(index)
-        return (index[:, None] == index).double() / self._damping - w.mT @ w
+    def group_submatrices(self, index: Tensor) -> Tensor:
+        """Entries at index x index for each group (q, k); meaningless across blocks."""
+        q, k = index.shape
+        w = self._whitened(index.reshape(-1))
+        w = w.view(len(w), q, k).transpose(0, 1)
+        product = w.mT @ w
+        same = (index[:, :, None] == index[:, None]).double()
+        inverse: Tensor = same / self._damping - product
+        return inverse.tril() + inverse.tril(-1).mT  # the halves of a product may round differently
+
+    def free_part(self, values: Tensor, free: Tensor) -> Tensor:
+        """-F_PP^-1 F_PQ v_Q on the free coordinates P, anything on the others Q: values (1, dim), zero on P.
+
+        By the push-through identity -G_P^T (n damping I + G_P G_P^T)^-1 G_Q v_Q: m x m, however many are fixed. If
+        these are few, G_P G_P^T is what they leave of G G^T.
+        """
+        shift = self._damping * self._ngrads
+        if 2 * int(free.sum()) > self._rows.dim:
+            gram = self._lower @ self._lower.mT - gram_of(self._rows, ~free)
+            gram.diagonal(dim1=1, dim2=2).sub_(shift)
+        else:
+            gram = gram_of(self._rows, free)
+        lower = cholesky(gram, shift)
+        weights = torch.cholesky_solve(self._rows.dots(values).mT, lower).mT
+        return self._rows.subtract(torch.zeros_like(values), weights, 1.0)
 
     def append(self, g: Tensor) -> None:
         """One more row of L in O(m^2) a block, after one pass for its Gram row; of V by the paper's recursion step."""
@@ -130,21 +172,31 @@ class DualBlocks:
             q = _q(self._lower, self._damping)[blocks].mT
             whitened: Tensor = self._vectors.columns(index) / q.sqrt()
             return whitened
-        columns = self._rows.columns(index)
-        for block in sorted(set(blocks.tolist())):
-            mine = blocks == block
-            columns[:, mine] = torch.linalg.solve_triangular(self._lower[block], columns[:, mine], upper=False)
-        scaled: Tensor = columns / self._damping**0.5
+        order = blocks.argsort(stable=True)
+        columns, start = self._rows.columns(index[order]), 0
+        present, counts = torch.unique_consecutive(blocks[order], return_counts=True)
+        for block, count in zip(present.tolist(), counts.tolist(), strict=True):
+            mine = columns[:, start : start + count]
+            mine.copy_(torch.linalg.solve_triangular(self._lower[block], mine, upper=False))
+            start += count
+        scaled: Tensor = torch.empty_like(columns)
+        scaled[:, order] = columns / self._damping**0.5
         return scaled
 
 
-def gram_of(rows: Rows) -> Tensor:
-    """G_b G_b^T for each block -> (blocks, m, m) float64. ValueError if the gradients are not finite.
+def gram_of(rows: Rows, keep: Tensor | None = None) -> Tensor:
+    """G_b G_b^T for each block, over the columns ``keep`` -> (blocks, m, m) float64.
+
+    ValueError if the gradients are not finite.
 
     In float64 whatever the gradients' dtype: an error of K is amplified by |g|^2 / (n damping) in every product that
     follows.
     """
-    grams = [block_gram(page, min(rows.block_size, b - a), double_precision=True) for a, b, page in rows.pages()]
+    if keep is None:
+        pages: Iterator[tuple[int, Tensor]] = ((min(rows.block_size, b - a), g) for a, b, g in rows.pages())
+    else:
+        pages = rows.compact_pages(keep)
+    grams = [block_gram(page, width, double_precision=True) for width, page in pages]
     gram = torch.cat(grams) if rows.block_count > 1 else sum(grams[1:], grams[0])
     if not bool(gram.isfinite().all()):
         raise ValueError("grads: expected finite values, got NaN or infinity")
@@ -163,6 +215,15 @@ def vectors_of(rows: Rows, lower: Tensor, damping: float) -> Tensor:
             block = transform[start // rows.block_size]
             torch.mm(block, page[:, start - a : end - a].to(dtype), out=out[:, start:end])
     return out
+
+
+def _raise_if_failed(info: Tensor, first: int, damping: float) -> None:
+    """LinAlgError if a block has failed, ``first`` being the number of the first one."""
+    for k in info.nonzero()[:1, 0].tolist():
+        raise LinAlgError(
+            f"block {first + k}: not positive definite at damping {damping:g}: "
+            f"its leading minor of order {int(info[k])} is not positive"
+        )
 
 
 def _q(lower: Tensor, damping: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from mfac_kernels.ops.window import window_combine, window_dots
 
 _PAGE_ELEMENTS = 1 << 26
+_COPY_ELEMENTS = 1 << 23  # of a page that is copied where it could be a view
 
 
 class Rows:
@@ -31,8 +32,8 @@ class Rows:
         if page_size is None:
             local = grads.device == device
             page_size = self.dim if local else _PAGE_ELEMENTS // max(1, grads.shape[0])
-        unit = 1 if self.block_size == self.dim and not whole_blocks else self.block_size
-        self._page_size = max(1, page_size // unit) * unit
+        self._unit = 1 if self.block_size == self.dim and not whole_blocks else self.block_size
+        self._page_size = self._whole(page_size)
 
     @property
     def count(self) -> int:
@@ -56,11 +57,36 @@ class Rows:
         picked = [part[:, index.to(part.device)] for part in self._parts]
         return torch.cat(picked).to(self.device, torch.float64)
 
-    def pages(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(first column, last column + 1, those columns of all rows on the computing device)."""
-        for a, b in self._ranges():
+    def pages(self, keep: Tensor | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """(first column, last column + 1, those columns of all rows on the computing device).
+
+        Columns where ``keep`` (dim,) is false are zero: such pages are copies, and smaller for it.
+        """
+        size = self._page_size
+        if keep is not None:
+            size = min(size, self._whole(_COPY_ELEMENTS // max(1, self.count)))
+        for a, b in self._ranges(size):
             parts = [self._load(part, a, b) for part in self._parts]
-            yield a, b, parts[0] if len(parts) == 1 else torch.cat(parts)
+            page = parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield a, b, page if keep is None else page * keep[a:b]
+
+    def compact_pages(self, keep: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(width, columns) page by page: the columns where ``keep`` (dim,) is true, moved together within their block.
+
+        Blocks are ``width`` wide there, as the fullest one of the page is, and filled up with zeros.
+        """
+        size = self._whole(_COPY_ELEMENTS // max(1, self.count))
+        for a, b in self._ranges(size):
+            index = keep[a:b].nonzero()[:, 0]
+            unit = min(self.block_size, b - a)
+            blocks = index // unit
+            counts = torch.bincount(blocks, minlength=-(-(b - a) // unit))
+            width = max(1, int(counts.max()))
+            rank = torch.arange(len(index), device=index.device) - (counts.cumsum(0) - counts)[blocks]
+            parts = [self._load(part, a, b).index_select(1, index) for part in self._parts]
+            page = torch.zeros(self.count, width * len(counts), dtype=self.dtype, device=self.device)
+            page[:, blocks * width + rank] = torch.cat(parts)
+            yield width, page
 
     def dots(self, x: Tensor) -> Tensor:
         """X G^T for each curvature block: x (k, dim) -> (blocks, k, count) float64."""
@@ -102,9 +128,14 @@ class Rows:
             return [self._grads]
         return [self._grads, self._tail[: self._tail_rows]]
 
-    def _ranges(self) -> Iterator[tuple[int, int]]:
-        for start in range(0, self.dim, self._page_size):
-            yield start, min(start + self._page_size, self.dim)
+    def _whole(self, columns: int) -> int:
+        """The columns of a page, at least one block where blocks are not cut."""
+        return max(1, columns // self._unit) * self._unit
+
+    def _ranges(self, size: int | None = None) -> Iterator[tuple[int, int]]:
+        size = self._page_size if size is None else size
+        for start in range(0, self.dim, size):
+            yield start, min(start + size, self.dim)
 
     def _load(self, part: Tensor, start: int, stop: int) -> Tensor:
         return part[:, start:stop].to(self.device, non_blocking=True)

@@ -11,6 +11,8 @@ from mfac_kernels.fisher import _checks
 from mfac_kernels.fisher._blocks import DualBlocks, PrimalBlocks
 from mfac_kernels.fisher._rows import Rows
 
+_GROUP_ELEMENTS = 1 << 22  # in float64, of the columns of a page of groups
+
 
 class StaticFisher:
     """F = damping I + (1/n) sum_i g_i g_i^T over given gradients: F^-1 x in O(d m), single entries in O(m^2) or O(m).
@@ -98,6 +100,11 @@ class StaticFisher:
         return self._rows.block_size
 
     @property
+    def device(self) -> torch.device:
+        """Where the arithmetic happens."""
+        return self._rows.device
+
+    @property
     def count(self) -> int:
         """Gradients held: those given and those appended."""
         return self._count
@@ -144,11 +151,55 @@ class StaticFisher:
     def submatrix(self, index: Tensor) -> Tensor:
         """[F^-1] at ``index`` x ``index``: (k,) -> (k, k) float64, zero across blocks. Raises as :meth:`elements`."""
         i = _checks.indices("index", index, self.dim, self._rows.device)
+        return self.group_submatrices(i[None])[0]
+
+    def group_submatrices(self, index: Tensor) -> Tensor:
+        """[F^-1]_QQ of many groups Q of coordinates: ``index`` (q, k) -> (q, k, k) float64, zero across blocks.
+
+        O(m^2) an index for wide blocks, in pages of groups; groups of neighbours are the fastest. Raises as
+        :meth:`elements`.
+        """
+        if isinstance(index, Tensor) and index.dim() != 2:
+            raise ValueError(f"index: expected shape (q, k), got {tuple(index.shape)}")
+        flat = index.reshape(-1) if isinstance(index, Tensor) else index
+        groups = _checks.indices("index", flat, self.dim, self._rows.device).reshape(index.shape)
         self._check_unchanged()
-        if isinstance(self._blocks, DualBlocks) and self._rows.block_count == 1:
-            return self._blocks.submatrix(i)
-        k = len(i)
-        return self.elements(i.repeat_interleave(k), i.repeat(k)).reshape(k, k)
+        q, k = groups.shape
+        out = torch.empty(q, k, k, dtype=torch.float64, device=groups.device)
+        size = max(1, _GROUP_ELEMENTS // max(1, k * max(k, self.count)))
+        for start in range(0, q, size):
+            page = groups[start : start + size]
+            block = page // self.block_size
+            same = block[:, :, None] == block[:, None]
+            out[start : start + size] = torch.where(same, self._blocks.group_submatrices(page), 0.0)
+        return out
+
+    def constrained_minimum(self, values: Tensor, fixed: Tensor) -> Tensor:
+        """The y (dim,) that minimises y^T F y with y = ``values`` (dim,) where ``fixed`` (dim,), bool, is true.
+
+        With Q the fixed coordinates and P the free ones, F_PP is the Fisher of the gradients G_P, so that
+
+            y_P = -F_PP^-1 F_PQ v_Q = -G_P^T (n damping I + G_P G_P^T)^-1 G_Q v_Q:
+
+        exact, and as cheap as constructing the Fisher again, however many coordinates are fixed. In float64, rounded to
+        ``values``' dtype (float32 at least).
+
+        Raises:
+            TypeError, ValueError: other shapes, dtypes or devices; on the CPU also non-finite values.
+            RuntimeError: the gradients were changed in place.
+        """
+        v = _checks.vectors("values", values, self.dim, self._rows.device, batch=False)
+        _checks.finite("values", v)
+        if not isinstance(fixed, Tensor) or fixed.dtype != torch.bool:
+            raise TypeError(f"fixed: expected a bool tensor, got {getattr(fixed, 'dtype', type(fixed).__name__)}")
+        if fixed.shape != (self.dim,) or fixed.device != v.device:
+            raise ValueError(
+                f"fixed: expected shape ({self.dim},) on {v.device}, got {tuple(fixed.shape)} on {fixed.device}"
+            )
+        self._check_unchanged()
+        v = v.to(torch.promote_types(v.dtype, torch.float32))
+        free = self._blocks.free_part(torch.where(fixed, v, 0), ~fixed)
+        return torch.where(fixed, v, free)[0].to(v.dtype)
 
     def vectors(self) -> tuple[Tensor, Tensor]:
         """The paper's recursion in closed form: V (m, dim), float32 at least, and q (blocks, m) float64.

@@ -72,5 +72,18 @@ def block_inverse(grads: Tensor, block_size: int, damping: float, count: int) ->
     return [torch.linalg.inv(fisher(part, damping, count)) for part in _blocks(grads, block_size)]
 
 
+def constrained_minimum(fisher: Tensor, values: Tensor, fixed: Tensor) -> Tensor:
+    """The y that minimises y^T F y / 2 with y = values where fixed, with its multipliers: [F C^T; C 0] [y; u] = [0; v].
+
+    fisher (d, d), values (d,), fixed (d,) bool -> (d,).
+    """
+    c = torch.eye(len(values), dtype=torch.float64)[fixed]
+    zeros = torch.zeros(len(c), len(c), dtype=torch.float64)
+    system = torch.cat([torch.cat([fisher.double(), c.mT], dim=1), torch.cat([c, zeros], dim=1)])
+    right = torch.cat([torch.zeros(len(values), dtype=torch.float64), values.double()[fixed]])
+    solution: Tensor = torch.linalg.solve(system, right)
+    return solution[: len(values)]
+
+
 def _blocks(grads: Tensor, block_size: int) -> list[Tensor]:
     return [grads[:, k : k + block_size] for k in range(0, grads.shape[1], block_size)]
