@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
   // what out holds of them stays and their info is 0.
   m.def("cholesky_inverse_(Tensor(a!)[] out, Tensor[] blocks, Tensor[] damping, Tensor? only=None) -> Tensor");
   m.def("cholesky_factor_(Tensor(a!)[] out, Tensor[] blocks, Tensor[] damping, Tensor? only=None) -> Tensor");
+  // out[i]: M with (block + damping I)^-1 = M^T M; upper triangular, or lower. A code k > 0: the trailing minor of order k is not
+  // positive, or the leading one.
+  m.def("cholesky_inverse_factor_(Tensor(a!)[] out, Tensor[] blocks, Tensor[] damping, bool upper, Tensor? only=None) -> Tensor");
+  // Inverses of the blocks' upper or lower triangles. A code k > 0: the trailing or leading minor of order k is the first that is 0.
+  m.def("triangular_inverse_(Tensor(a!)[] out, Tensor[] blocks, bool upper) -> Tensor");
   m.def("cholesky_solve_(Tensor(a!)[] x, Tensor[] factors) -> ()");
 
   // Kronecker factors: factor <- beta factor + alpha sum over rows of w row row^T. factor (D, D); its diagonal blocks (g, s, s), the last

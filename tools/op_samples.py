@@ -196,6 +196,23 @@ def _(inputs: Inputs) -> Iterator[Arguments]:
         yield *arguments, None
 
 
+@samples_of("cholesky_inverse_factor_")
+def _(inputs: Inputs) -> Iterator[Arguments]:
+    for upper in (True, False):
+        for dtype in (torch.float32, torch.float64):
+            blocks = [*batches(inputs, dtype), inputs.spd(1, 140, dtype=dtype)]
+            damping = [inputs.zeros(1) + 0.1, inputs.zeros(15) + 0.2, inputs.zeros(1), inputs.zeros(1)]
+            yield [torch.zeros_like(block) for block in blocks], blocks, damping, upper, None
+
+
+@samples_of("triangular_inverse_")
+def _(inputs: Inputs) -> Iterator[Arguments]:
+    for upper in (True, False):
+        for dtype in (torch.float32, torch.float64):
+            blocks = [*batches(inputs, dtype), inputs.spd(1, 140, dtype=dtype)]
+            yield [torch.zeros_like(block) for block in blocks], blocks, upper
+
+
 @samples_of("cholesky_solve_")
 def _(inputs: Inputs) -> Iterator[Arguments]:
     for dtype in (torch.float32, torch.float64):

@@ -121,7 +121,7 @@ inline void check_lengths(const char* op, const char* list, size_t length, const
   check(length == expected, op, ": ", list, ": expected ", expected, " tensors, as ", other, " has, got ", length);
 }
 
-// A batch of cholesky_inverse_ or cholesky_factor_ with where it goes and its damping: a value per block or one for all.
+// A batch with where its results go and its damping: a value per block or one for all.
 struct DampedBatch {
   Batch out, blocks;
   const double* damping;
@@ -132,33 +132,48 @@ inline int64_t block_count(const std::vector<DampedBatch>& batches) {
   return batches.empty() ? 0 : batches.back().first + batches.back().blocks.count;
 }
 
-// What cholesky_inverse_ and cholesky_factor_ take.
+// out[i] and blocks[i], behind the batches that are there; no damping
+inline void add_batch(const char* op, int64_t i, const Tensor& out, const Tensor& blocks, std::vector<DampedBatch>& batches) {
+  const Entry of_blocks{op, "blocks", i}, of_out{op, "out", i};
+  check_square(of_blocks, blocks);
+  const DType dtype = dtype_of(op, "blocks", blocks), computed = check_computed(of_out, out);
+  check(dtype != DType::f64 || computed == DType::f64, of_out, ": expected Double, as blocks[", i, "] is, got Float");
+  check(same_shape(out, blocks), of_out, ": expected shape ", shape(blocks), ", got ", shape(out));
+  check_distinct(of_out, out);
+  check_overlap(of_out, out, blocks);
+  const int64_t first = block_count(batches);
+  batches.push_back({Batch(out, computed), Batch(blocks, dtype), nullptr, first, 0});
+}
+
+// What the ops on blocks with a damping take.
 inline std::vector<DampedBatch> check_damped_batches(const char* op, const std::vector<Tensor>& out, const std::vector<Tensor>& blocks,
                                                      const std::vector<Tensor>& damping, const std::optional<Tensor>& only) {
   check_lengths(op, "out", out.size(), "blocks", blocks.size());
   check_lengths(op, "damping", damping.size(), "blocks", blocks.size());
   std::vector<DampedBatch> batches;
   batches.reserve(blocks.size());
-  int64_t first = 0;
   for (size_t i = 0; i < blocks.size(); ++i) {
-    const auto entry = [&](const char* list) { return Entry{op, list, static_cast<int64_t>(i)}; };
-    const Entry of_blocks = entry("blocks"), of_out = entry("out"), of_damping = entry("damping");
-    check_square(of_blocks, blocks[i]);
-    const DType dtype = dtype_of(op, "blocks", blocks[i]), computed = check_computed(of_out, out[i]);
-    check(dtype != DType::f64 || computed == DType::f64, of_out, ": expected Double, as blocks[", i, "] is, got Float");
-    check(same_shape(out[i], blocks[i]), of_out, ": expected shape ", shape(blocks[i]), ", got ", shape(out[i]));
-    check_distinct(of_out, out[i]);
-    check_overlap(of_out, out[i], blocks[i]);
-    Batch from(blocks[i], dtype);
+    add_batch(op, static_cast<int64_t>(i), out[i], blocks[i], batches);
+    DampedBatch& batch = batches.back();
+    const Entry of_damping{op, "damping", static_cast<int64_t>(i)};
     check_dtype_is(of_damping, damping[i], ScalarType::Double);
-    check(damping[i].numel() == 1 || damping[i].numel() == from.count, of_damping, ": expected 1 or ", from.count, " values, got ",
-          damping[i].numel());
+    check(damping[i].numel() == 1 || damping[i].numel() == batch.blocks.count, of_damping, ": expected 1 or ", batch.blocks.count,
+          " values, got ", damping[i].numel());
     check(damping[i].is_contiguous(), of_damping, ": expected a contiguous tensor");
-    batches.push_back({Batch(out[i], computed), std::move(from), static_cast<const double*>(damping[i].data_ptr()), first,
-                       damping[i].numel() == 1 ? 0 : 1});
-    first += batches.back().blocks.count;
+    batch.damping = static_cast<const double*>(damping[i].data_ptr());
+    batch.damping_stride = damping[i].numel() == 1 ? 0 : 1;
   }
-  if (only) check_state(op, "only", *only, ScalarType::Int, {first});
+  if (only) check_state(op, "only", *only, ScalarType::Int, {block_count(batches)});
+  return batches;
+}
+
+// What triangular_inverse_ takes.
+inline std::vector<DampedBatch> check_triangular_batches(const char* op, const std::vector<Tensor>& out,
+                                                         const std::vector<Tensor>& blocks) {
+  check_lengths(op, "out", out.size(), "blocks", blocks.size());
+  std::vector<DampedBatch> batches;
+  batches.reserve(blocks.size());
+  for (size_t i = 0; i < blocks.size(); ++i) add_batch(op, static_cast<int64_t>(i), out[i], blocks[i], batches);
   return batches;
 }
 

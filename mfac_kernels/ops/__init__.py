@@ -9,7 +9,17 @@ from mfac_kernels.ops.cholesky import (
     cholesky_solve,
     grouped_cholesky_inverse_ex,
 )
-from mfac_kernels.ops.cholesky_robust import RobustInverse, robust_cholesky_inverse
+from mfac_kernels.ops.cholesky_robust import (
+    RobustInverse,
+    RobustInverseFactor,
+    robust_cholesky_inverse,
+    robust_cholesky_inverse_factor,
+)
+from mfac_kernels.ops.inverse_factor import (
+    cholesky_inverse_factor,
+    cholesky_inverse_factor_ex,
+    grouped_cholesky_inverse_factor_ex,
+)
 from mfac_kernels.ops.kronecker import (
     conv1d_factor_,
     conv2d_factor_,
@@ -20,6 +30,7 @@ from mfac_kernels.ops.kronecker import (
 )
 from mfac_kernels.ops.lags import conv2d_expand_, conv2d_lags_, conv2d_lags_size
 from mfac_kernels.ops.static import block_gram, block_inverse, gram, inverse_diagonal
+from mfac_kernels.ops.triangular import triangular_inverse, triangular_inverse_ex
 from mfac_kernels.ops.window import (
     core_insert_,
     core_refactor_,
@@ -31,6 +42,7 @@ from mfac_kernels.ops.window import (
 
 __all__ = [
     "RobustInverse",
+    "RobustInverseFactor",
     "block_diagonal_matmul",
     "block_gram",
     "block_inverse",
@@ -38,6 +50,8 @@ __all__ = [
     "cholesky_factor_ex",
     "cholesky_inverse",
     "cholesky_inverse_ex",
+    "cholesky_inverse_factor",
+    "cholesky_inverse_factor_ex",
     "cholesky_solve",
     "conv1d_factor_",
     "conv2d_expand_",
@@ -53,10 +67,14 @@ __all__ = [
     "embedding_factor_",
     "gram",
     "grouped_cholesky_inverse_ex",
+    "grouped_cholesky_inverse_factor_ex",
     "inverse_diagonal",
     "linear_factor_",
     "matmul_block_diagonal",
     "robust_cholesky_inverse",
+    "robust_cholesky_inverse_factor",
+    "triangular_inverse",
+    "triangular_inverse_ex",
     "window_combine",
     "window_dots",
     "window_insert_",

@@ -77,6 +77,11 @@ class Batch:
             return result if result.dtype == self.dtype else result.to(self.dtype)
         return self.out if result is self.out else self.out.copy_(result)
 
+    def relative_damping(self) -> Tensor:
+        """The damping times the mean of each block's diagonal: a value per block."""
+        means = self.blocks.diagonal(dim1=-2, dim2=-1).mean(-1, dtype=torch.float64)
+        return self.damping * means.reshape(-1)
+
 
 def prepare(
     op: str, batches: Sequence[Tensor], damping: Damping | Sequence[Damping], dtype: torch.dtype | None = None
@@ -107,6 +112,24 @@ def refuse_gradients(op: str, *tensors: Tensor) -> None:
     """What has no derivative says so, rather than cut the graph in silence."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError(f"{op}: not differentiable: expected tensors that require no gradient, or torch.no_grad()")
+
+
+def raise_if_failed(
+    op: str, info: Tensor, damping: Damping | None, failure: str = "the leading minor of order {} is not positive"
+) -> None:
+    """torch.linalg.LinAlgError for the first block (of info (...)) that has failed. Waits for the device."""
+    failed = info.nonzero()
+    if not len(failed):
+        return
+    index = tuple(failed[0].tolist())
+    code = int(info[index])
+    where = f"block {index}" if index else "the block"
+    what = failure.format(code) if code > 0 else "not finite"
+    if damping is not None:
+        what += f", with damping {float(torch.as_tensor(damping).expand(info.shape)[index]):g}"
+    raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
+        f"{op}: {where}: {what}; blocks that failed: {len(failed)} of {info.numel()}"
+    )
 
 
 def broadcast(op: str, name: str, shape: torch.Size, batch: torch.Size) -> torch.Size:

@@ -36,6 +36,20 @@ def _check_distinct(op: str, name: str, t: Tensor) -> None:
         check(distinct, f"{op}: {name}: expected distinct elements, got stride 0 in dimension {dim}")
 
 
+def _check_batch(op: str, i: int, out: Tensor, blocks: Tensor) -> int:
+    """csrc/cholesky/checks.h, add_batch; the number of blocks."""
+    _check_square(op, f"blocks[{i}]", blocks)
+    check_dtype(op, "blocks", blocks)
+    _check_computed(op, f"out[{i}]", out)
+    check(
+        blocks.dtype != torch.float64 or out.dtype == torch.float64,
+        f"{op}: out[{i}]: expected Double, as blocks[{i}] is, got Float",
+    )
+    check_shape(op, f"out[{i}]", out, blocks.shape)
+    _check_distinct(op, f"out[{i}]", out)
+    return blocks.shape[:-2].numel()
+
+
 def _check_damped(
     op: str, out: Sequence[Tensor], blocks: Sequence[Tensor], damping: Sequence[Tensor], only: Tensor | None
 ) -> Tensor:
@@ -44,17 +58,8 @@ def _check_damped(
     _check_lengths(op, "damping", damping, "blocks", blocks)
     total = 0
     for i, (o, b, d) in enumerate(zip(out, blocks, damping, strict=True)):
-        _check_square(op, f"blocks[{i}]", b)
-        check_dtype(op, "blocks", b)
-        _check_computed(op, f"out[{i}]", o)
-        check(
-            b.dtype != torch.float64 or o.dtype == torch.float64,
-            f"{op}: out[{i}]: expected Double, as blocks[{i}] is, got Float",
-        )
-        check_shape(op, f"out[{i}]", o, b.shape)
-        _check_distinct(op, f"out[{i}]", o)
+        count = _check_batch(op, i, o, b)
         _check_is(op, f"damping[{i}]", d, torch.float64)
-        count = b.shape[:-2].numel()
         check(
             d.numel() == 1 or d.numel() == count,
             f"{op}: damping[{i}]: expected 1 or {count} values, got {d.numel()}",
@@ -74,6 +79,25 @@ def _(out: Sequence[Tensor], blocks: Sequence[Tensor], damping: Sequence[Tensor]
 @torch.library.register_fake("mfac_kernels::cholesky_factor_")
 def _(out: Sequence[Tensor], blocks: Sequence[Tensor], damping: Sequence[Tensor], only: Tensor | None = None) -> Tensor:
     return _check_damped("cholesky_factor_", out, blocks, damping, only)
+
+
+@torch.library.register_fake("mfac_kernels::cholesky_inverse_factor_")
+def _(
+    out: Sequence[Tensor],
+    blocks: Sequence[Tensor],
+    damping: Sequence[Tensor],
+    upper: bool,
+    only: Tensor | None = None,
+) -> Tensor:
+    return _check_damped("cholesky_inverse_factor_", out, blocks, damping, only)
+
+
+@torch.library.register_fake("mfac_kernels::triangular_inverse_")
+def _(out: Sequence[Tensor], blocks: Sequence[Tensor], upper: bool) -> Tensor:
+    op = "triangular_inverse_"
+    _check_lengths(op, "out", out, "blocks", blocks)
+    total = sum(_check_batch(op, i, o, b) for i, (o, b) in enumerate(zip(out, blocks, strict=True)))
+    return blocks[0].new_empty(total, dtype=torch.int32)
 
 
 @torch.library.register_fake("mfac_kernels::cholesky_solve_")

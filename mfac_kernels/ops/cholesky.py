@@ -2,6 +2,7 @@
 
     A + damping I = L L^T        cholesky_factor, cholesky_factor_ex
     (A + damping I)^-1           cholesky_inverse, cholesky_inverse_ex, grouped_cholesky_inverse_ex
+    (A + damping I)^-1 = U^T U   see mfac_kernels.ops.inverse_factor
     (L L^T)^-1 b                 cholesky_solve
 
 A batch is a tensor (..., n, n) with any strides, of which the lower triangle alone is read. ``damping`` is a number, or
@@ -25,7 +26,15 @@ from torch import Tensor
 
 import mfac_kernels.ops._cholesky_fake  # noqa: F401  (loads the ops)
 from mfac_kernels.ops._checks import check
-from mfac_kernels.ops._cholesky_batch import Batch, Damping, broadcast, per_batch, prepare, refuse_gradients
+from mfac_kernels.ops._cholesky_batch import (
+    Batch,
+    Damping,
+    broadcast,
+    per_batch,
+    prepare,
+    raise_if_failed,
+    refuse_gradients,
+)
 
 __all__ = [
     "cholesky_factor",
@@ -69,7 +78,7 @@ def cholesky_inverse(
         torch.linalg.LinAlgError: which block, which leading minor (or that it is not finite), at which damping.
     """
     inverse, info = cholesky_inverse_ex(blocks, damping, out=out, dtype=dtype)
-    _raise_if_failed("cholesky_inverse", info, damping)
+    raise_if_failed("cholesky_inverse", info, damping)
     return inverse
 
 
@@ -95,26 +104,37 @@ def grouped_cholesky_inverse_ex(
 
 
 def cholesky_factor_ex(
-    blocks: Tensor, damping: Damping = 0.0, *, out: Tensor | None = None, dtype: torch.dtype | None = None
+    blocks: Tensor,
+    damping: Damping = 0.0,
+    *,
+    upper: bool = False,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """L, lower triangular with a zero upper triangle, of ``blocks + damping I = L L^T``, and a code for each block.
 
-    Arguments and codes are those of :func:`cholesky_inverse_ex`. Not differentiable.
+    With ``upper`` L^T, and ``out`` must be memory apart from ``blocks``. The other arguments, and the codes, are those
+    of :func:`cholesky_inverse_ex`. Not differentiable.
     """
     op = "cholesky_factor_ex"
     batch = Batch(op, "blocks", blocks, damping, out, dtype)
     refuse_gradients(op, batch.blocks, batch.damping)
     factor = batch.buffer()
-    info: Tensor = _ops.cholesky_factor_([factor], [batch.blocks], [batch.damping])
+    info: Tensor = _ops.cholesky_factor_([factor.mT if upper else factor], [batch.blocks], [batch.damping])
     return batch.finish(factor), info.view(batch.shape)
 
 
 def cholesky_factor(
-    blocks: Tensor, damping: Damping = 0.0, *, out: Tensor | None = None, dtype: torch.dtype | None = None
+    blocks: Tensor,
+    damping: Damping = 0.0,
+    *,
+    upper: bool = False,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`cholesky_factor_ex` that raises as :func:`cholesky_inverse` does."""
-    factor, info = cholesky_factor_ex(blocks, damping, out=out, dtype=dtype)
-    _raise_if_failed("cholesky_factor", info, damping)
+    factor, info = cholesky_factor_ex(blocks, damping, upper=upper, out=out, dtype=dtype)
+    raise_if_failed("cholesky_factor", info, damping)
     return factor
 
 
@@ -177,17 +197,3 @@ class _Inverse(torch.autograd.Function):
             d_blocks.append(d_block.to(dtype))
             d_dampings.append(d_damping if dampings == len(d_damping) else d_damping.sum().view(1))
         return None, *d_blocks, *d_dampings
-
-
-def _raise_if_failed(op: str, info: Tensor, damping: Damping) -> None:
-    failed = info.nonzero()
-    if not len(failed):
-        return
-    index = tuple(failed[0].tolist())
-    code = int(info[index])
-    shift = float(torch.as_tensor(damping).expand(info.shape)[index])
-    where = f"block {index}" if index else "the block"
-    what = f"the leading minor of order {code} is not positive" if code > 0 else "not finite"
-    raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]
-        f"{op}: {where}: {what}, with damping {shift:g}; blocks that failed: {len(failed)} of {info.numel()}"
-    )

@@ -1,20 +1,24 @@
-"""Inverses that a preconditioner can use whatever the blocks are: what fails is repeated with more care, and told."""
+"""Inverses, and factors of inverses, whatever the blocks are: what fails is repeated with more care, and told."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mfac_kernels.ops._checks import check
-from mfac_kernels.ops._cholesky_batch import Damping, per_batch, prepare, refuse_gradients
+from mfac_kernels.ops._cholesky_batch import Batch, Damping, per_batch, prepare, refuse_gradients
+from mfac_kernels.ops.inverse_factor import Dead, each_dead, revive
 
-__all__ = ["RobustInverse", "robust_cholesky_inverse"]
+__all__ = ["RobustInverse", "RobustInverseFactor", "robust_cholesky_inverse", "robust_cholesky_inverse_factor"]
 
 _ops = torch.ops.mfac_kernels
+
+Run = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor | None], Tensor]
+"""(out, blocks, damping, only) -> info: one of the library's ops."""
 
 
 class RobustInverse(NamedTuple):
@@ -27,6 +31,14 @@ class RobustInverse(NamedTuple):
     """
 
     inverses: list[Tensor]
+    attempts: list[Tensor]
+    dampings: list[Tensor]
+
+
+class RobustInverseFactor(NamedTuple):
+    """What :func:`robust_cholesky_inverse_factor` returns: :class:`RobustInverse` with factors (..., n, n)."""
+
+    factors: list[Tensor]
     attempts: list[Tensor]
     dampings: list[Tensor]
 
@@ -57,20 +69,65 @@ def robust_cholesky_inverse(
         bound: of the damping, relative to t; positive.
     """
     op = "robust_cholesky_inverse"
+    _check_growth(op, growth, bound)
+    return RobustInverse(*_robust(op, prepare(op, batches, damping, dtype), _ops.cholesky_inverse_, growth, bound))
+
+
+def robust_cholesky_inverse_factor(
+    batches: Sequence[Tensor],
+    damping: Damping | Sequence[Damping] = 0.0,
+    *,
+    upper: bool = True,
+    relative: bool = False,
+    dead: Dead | Sequence[Dead] = None,
+    growth: float = 10.0,
+    bound: float = 1.0,
+    dtype: torch.dtype | None = None,
+) -> RobustInverseFactor:
+    """U with ``(A + damping I)^-1 = U^T U`` of every block, by the attempts of :func:`robust_cholesky_inverse`.
+
+    Args:
+        batches, damping, upper, relative, dead, dtype: as for
+            :func:`~mfac_kernels.ops.grouped_cholesky_inverse_factor_ex`. Batches with dead rows are copied.
+        growth, bound: as for the inverse; t is the mean once dead rows have 1.
+    """
+    op = "robust_cholesky_inverse_factor"
+    _check_growth(op, growth, bound)
+    prepared = prepare(op, batches, damping, dtype)
+    for batch, mask in zip(prepared, each_dead(op, dead, len(prepared)), strict=True):
+        revive(op, batch, mask, torch.empty(batch.blocks.shape, dtype=batch.blocks.dtype, device=batch.blocks.device))
+        if relative:
+            batch.damping = batch.relative_damping()
+
+    def run(
+        out: Sequence[Tensor], blocks: Sequence[Tensor], shifts: Sequence[Tensor], only: Tensor | None = None
+    ) -> Tensor:
+        info: Tensor = _ops.cholesky_inverse_factor_(out, blocks, shifts, upper, only)
+        return info
+
+    return RobustInverseFactor(*_robust(op, prepared, run, growth, bound))
+
+
+def _check_growth(op: str, growth: float, bound: float) -> None:
     check(1 < growth < math.inf, f"{op}: growth: expected a finite number above 1, got {growth:g}")
     check(0 < bound < math.inf, f"{op}: bound: expected a positive finite number, got {bound:g}")
-    prepared = prepare(op, batches, damping, dtype)
+
+
+def _robust(
+    op: str, prepared: Sequence[Batch], run: Run, growth: float, bound: float
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Results, attempts and dampings of every batch."""
     if not prepared:
-        return RobustInverse([], [], [])
+        return [], [], []
     refuse_gradients(op, *(tensor for batch in prepared for tensor in (batch.blocks, batch.damping)))
     blocks, shifts = [batch.blocks for batch in prepared], [batch.damping for batch in prepared]
     results = [batch.buffer() for batch in prepared]
-    info = _ops.cholesky_inverse_(results, blocks, shifts)
+    info = run(results, blocks, shifts, None)
     used = torch.cat([batch.damping.expand(batch.shape.numel()) for batch in prepared])
     attempts = torch.zeros_like(info)
     if not _settled(info):
-        attempts, used = _repeat(blocks, results, info, used, growth, bound)
-    return RobustInverse(
+        attempts, used = _repeat(run, blocks, results, info, used, growth, bound)
+    return (
         [batch.finish(result) for batch, result in zip(prepared, results, strict=True)],
         per_batch(attempts, prepared),
         per_batch(used, prepared),
@@ -83,9 +140,15 @@ def _settled(info: Tensor) -> bool:
 
 
 def _repeat(
-    blocks: Sequence[Tensor], results: Sequence[Tensor], info: Tensor, damping: Tensor, growth: float, bound: float
+    run: Run,
+    blocks: Sequence[Tensor],
+    results: Sequence[Tensor],
+    info: Tensor,
+    damping: Tensor,
+    growth: float,
+    bound: float,
 ) -> tuple[Tensor, Tensor]:
-    """Writes the inverses of blocks whose ``info`` is not 0 to ``results``; attempts and dampings of all blocks."""
+    """Writes the results of blocks whose ``info`` is not 0 to ``results``; attempts and dampings of all blocks."""
     counts = [b.shape[:-2].numel() for b in blocks]
     exact = [r if r.dtype == torch.float64 else torch.empty_like(r, dtype=torch.float64) for r in results]
     eps = [torch.finfo(b.dtype).eps for b in blocks]
@@ -98,14 +161,14 @@ def _repeat(
     for attempt in range(1, steps + 2):
         attempts = torch.where(failed != 0, attempt, attempts)
         used = torch.where(failed != 0, trial, used)
-        failed = _ops.cholesky_inverse_(exact, blocks, trial.split_with_sizes(counts), failed)
+        failed = run(exact, blocks, trial.split_with_sizes(counts), failed)
         if _settled(failed):
             break
         trial = torch.minimum(smallest, largest)
         smallest = smallest * growth
     attempts = torch.where(failed == 0, attempts, torch.where(failed < 0, -1, -2))
-    for result, inverse, codes in zip(results, exact, info.split_with_sizes(counts), strict=True):
-        if result is not inverse:
+    for result, wide, codes in zip(results, exact, info.split_with_sizes(counts), strict=True):
+        if result is not wide:
             repeated = codes.view(result.shape[:-2])[..., None, None] != 0
-            result.copy_(torch.where(repeated, inverse, result))
+            result.copy_(torch.where(repeated, wide, result))
     return attempts, used

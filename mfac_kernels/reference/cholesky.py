@@ -31,6 +31,29 @@ def factor(blocks: Tensor, damping: float | Tensor = 0.0) -> Tensor:
     return result
 
 
+def revived(blocks: Tensor, dead: bool | Tensor) -> Tensor:
+    """1 on the diagonal of dead rows: those of the mask (..., n), or those whose diagonal is 0 -> (..., n, n)."""
+    diagonal = blocks.double().diagonal(dim1=-2, dim2=-1)
+    mask = dead if isinstance(dead, Tensor) else (diagonal == 0) & dead
+    return blocks.double() + torch.diag_embed(torch.where(mask, 1 - diagonal, 0.0))
+
+
+def inverse_factor(blocks: Tensor, damping: float | Tensor = 0.0, upper: bool = True) -> Tensor:
+    """The triangular M with a positive diagonal and (A + damping I)^-1 = M^T M -> (..., n, n)."""
+    if upper:
+        result: Tensor = torch.linalg.cholesky(inverse(blocks, damping), upper=True)
+        return result
+    return triangular_inverse(factor(blocks, damping))
+
+
+def triangular_inverse(blocks: Tensor, upper: bool = False) -> Tensor:
+    """The inverse of the blocks' upper or lower triangle -> (..., n, n)."""
+    triangle = blocks.double().triu() if upper else blocks.double().tril()
+    identity = torch.eye(blocks.shape[-1], dtype=torch.float64).expand_as(triangle)
+    result: Tensor = torch.linalg.solve_triangular(triangle, identity, upper=upper)
+    return result
+
+
 def solve(lower: Tensor, b: Tensor) -> Tensor:
     """(L L^T)^-1 b: (..., n, n), (..., n, k) -> (..., n, k)."""
     lower = lower.double()

@@ -158,8 +158,8 @@ def test_a_table():
     point = pruning.Point("full", 0, 0.5, 0.5, 0.7, 0.8, 1.0)
     other = pruning.Point("full", 1, 0.5, 0.5, 0.7, 0.9, 1.0)
     lines = format_accuracies({"M-FAC": [point, other], "none": []}).splitlines()
-    assert lines[2].split("|")[1:3] == [" 50%      ", " 85.0 ± 7.1 "]
-    assert "70.0 ± 0.0" in format_accuracies({"M-FAC": [point, other]}, before_tuning=True)
+    assert lines[2].split("|")[1:3] == [" 50%      ", " 85.0 \u00b1 7.1 "]
+    assert "70.0 \u00b1 0.0" in format_accuracies({"M-FAC": [point, other]}, before_tuning=True)
 
 
 def test_the_command_writes_its_files(tmp_path: Path, capsys):

@@ -19,6 +19,14 @@ namespace {
 
 Matrix matrix(const Batch& batch, int64_t b) { return {batch.at(b), batch.dtype, batch.row_stride, batch.column_stride}; }
 
+Matrix transposed(const Matrix& x) { return {x.data, x.dtype, x.column_stride, x.row_stride}; }
+
+// J x J of a matrix (n, n), n > 0, with J the reversal of indices
+Matrix reversed(const Matrix& x, int64_t n) {
+  const int64_t last = (n - 1) * (x.row_stride + x.column_stride);
+  return {static_cast<char*>(x.data) + last * element_size(x.dtype), x.dtype, -x.row_stride, -x.column_stride};
+}
+
 // A piece of work for one thread: items [begin, end) of a list
 struct Task {
   size_t list;
@@ -88,17 +96,12 @@ int64_t group_size(const SizeClass& of) {
 // Large blocks, and those that are few, are computed one after the other, each by all threads.
 bool by_all_threads(const SizeClass& of) { return of.n >= 2048 || (of.n >= 512 && of.count < 8); }
 
-struct Kernel {
-  int64_t (*work)(int64_t n);
-  void (*run)(const Job&, int64_t n, void* work, Team);
-  void (*run_lanes)(const Job*, int64_t n, void* work);
-};
+Job job_as_it_is(const Job& job, int64_t) { return job; }
 
-// Every block of every batch; returns their codes.
-template <class Choose>
-Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
-                  const std::optional<Tensor>& only, const Choose& choose) {
-  const std::vector<DampedBatch> batches = check_damped_batches(op, out, blocks, damping, only);
+// Every block of every batch, after view(job, n); returns their codes.
+template <class View>
+Tensor run_blocks(const char* op, const std::vector<DampedBatch>& batches, const std::vector<Tensor>& blocks,
+                  const std::optional<Tensor>& only, BlockKernel CholeskyKernels::* chosen_kernel, const View& view) {
   check(!blocks.empty(), op, ": blocks: expected at least one tensor");
   Tensor info = torch::stable::new_empty(blocks[0], {block_count(batches)}, ScalarType::Int);
   auto* codes = static_cast<int32_t*>(info.mutable_data_ptr());
@@ -106,7 +109,7 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
   const std::vector<SizeClass> classes = size_classes(batches);
   const auto run = [&](const SizeClass& of, int64_t begin, int64_t end, Team team) {  // groups [begin, end) of a class
     const CholeskyKernels& kernels = cholesky_kernels(of.dtype);
-    const Kernel kernel = choose(kernels);
+    const BlockKernel& kernel = kernels.*chosen_kernel;
     const int64_t lanes = group_size(of), last = std::min(of.count, end * lanes);
     auto [batch, b] = of.find(begin * lanes);
     for (int64_t first = begin * lanes; first < last; first += lanes) {
@@ -118,7 +121,9 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
         const DampedBatch& from = *of.batches[batch];
         codes[from.first + b] = 0;
         if (!chosen || chosen[from.first + b])
-          jobs[count++] = {matrix(from.blocks, b), matrix(from.out, b), from.damping[b * from.damping_stride], &codes[from.first + b]};
+          jobs[count++] = view({matrix(from.blocks, b), matrix(from.out, b), from.damping ? from.damping[b * from.damping_stride] : 0,
+                                &codes[from.first + b]},
+                               of.n);
       }
       if (count == 0) continue;
       if (lanes > 1) {
@@ -140,13 +145,33 @@ Tensor run_blocks(const char* op, const std::vector<Tensor>& out, const std::vec
 }
 
 Tensor cholesky_inverse_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
-  return run_blocks("cholesky_inverse_", out, blocks, damping, only,
-                    [](const CholeskyKernels& k) { return Kernel{k.inverse_work, k.inverse, k.inverse_lanes}; });
+  constexpr const char* op = "cholesky_inverse_";
+  return run_blocks(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::inverse, job_as_it_is);
 }
 
 Tensor cholesky_factor_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
-  return run_blocks("cholesky_factor_", out, blocks, damping, only,
-                    [](const CholeskyKernels& k) { return Kernel{k.factor_work, k.factor, k.factor_lanes}; });
+  constexpr const char* op = "cholesky_factor_";
+  return run_blocks(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::factor, job_as_it_is);
+}
+
+// With J H J = L L^T, H^-1 = U^T U for U = J L^-1 J. The lower triangle of J H J is that of H, transposed and reversed.
+Tensor cholesky_inverse_factor_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, bool upper,
+                                std::optional<Tensor> only) {
+  constexpr const char* op = "cholesky_inverse_factor_";
+  return run_blocks(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::inverse_factor,
+                    [upper](const Job& job, int64_t n) {
+                      if (!upper || n == 0) return job;
+                      return Job{reversed(transposed(job.block), n), reversed(job.out, n), job.damping, job.info};
+                    });
+}
+
+Tensor triangular_inverse_(std::vector<Tensor> out, std::vector<Tensor> blocks, bool upper) {
+  constexpr const char* op = "triangular_inverse_";
+  return run_blocks(op, check_triangular_batches(op, out, blocks), blocks, std::nullopt, &CholeskyKernels::triangular_inverse,
+                    [upper](const Job& job, int64_t n) {
+                      if (!upper || n == 0) return job;
+                      return Job{reversed(job.block, n), reversed(job.out, n), job.damping, job.info};
+                    });
 }
 
 void cholesky_solve_(std::vector<Tensor> x, std::vector<Tensor> factors) {
@@ -178,6 +203,8 @@ void cholesky_solve_(std::vector<Tensor> x, std::vector<Tensor> factors) {
 STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, CPU, m) {
   m.impl("cholesky_inverse_", TORCH_BOX(&cholesky_inverse_));
   m.impl("cholesky_factor_", TORCH_BOX(&cholesky_factor_));
+  m.impl("cholesky_inverse_factor_", TORCH_BOX(&cholesky_inverse_factor_));
+  m.impl("triangular_inverse_", TORCH_BOX(&triangular_inverse_));
   m.impl("cholesky_solve_", TORCH_BOX(&cholesky_solve_));
 }
 

@@ -17,7 +17,7 @@ struct Matrix {
 struct Job {
   Matrix block, out;  // (n, n)
   double damping;
-  int32_t* info;  // set to 0; or the order of the leading minor that is not positive; or -1: the block or its damping is not finite
+  int32_t* info;  // set to 0; or the order of the leading minor that is not positive (0, of a triangle); or -1: not finite, or its damping
 };
 
 // Calls body(i, context) for all i < count, on several threads. A kernel that is given none stays on its own.
@@ -26,22 +26,23 @@ using Team = void (*)(int64_t count, void (*body)(int64_t i, const void* context
 // The interleaved kernels serve n up to kInterleaved.
 constexpr int64_t kInterleaved = 128, kMaxLanes = 16;
 
-// Kernels that compute in float32 or in float64. What they write is NaN if a block fails. work: `..._work(n)` bytes, aligned to 64.
+// What becomes of a block, or of `lanes` blocks at once; where there are fewer, jobs may be repeated. work: `work(n)` bytes, or
+// `lanes_work(n)` for the lanes, aligned to 64.
+struct BlockKernel {
+  int64_t (*work)(int64_t n);
+  void (*run)(const Job&, int64_t n, void* work, Team);
+  void (*run_lanes)(const Job*, int64_t n, void* work);
+};
+
+// Kernels that compute in float32 or in float64. What they write is NaN if a block fails.
 struct CholeskyKernels {
   int64_t lanes;
-
-  // out = (block + damping I)^-1, both triangles, exactly symmetric
-  int64_t (*inverse_work)(int64_t n);
-  void (*inverse)(const Job&, int64_t n, void* work, Team);
-
-  // out = L of L L^T = block + damping I; zero above the diagonal
-  int64_t (*factor_work)(int64_t n);
-  void (*factor)(const Job&, int64_t n, void* work, Team);
-
-  // The same for `lanes` blocks at once; where there are fewer, jobs may be repeated.
   int64_t (*lanes_work)(int64_t n);
-  void (*inverse_lanes)(const Job*, int64_t n, void* work);
-  void (*factor_lanes)(const Job*, int64_t n, void* work);
+
+  BlockKernel inverse;             // out = (block + damping I)^-1, both triangles, exactly symmetric
+  BlockKernel factor;              // out = L of L L^T = block + damping I; zero above the diagonal
+  BlockKernel inverse_factor;      // out = L^-1 of the same; zero above the diagonal
+  BlockKernel triangular_inverse;  // out = the inverse of the block's lower triangle; zero above the diagonal; damping is 0
 
   // x (n, columns) <- (L L^T)^-1 x
   int64_t (*solve_work)(int64_t n);

@@ -8,10 +8,17 @@
 
 #include "cholesky/cpu/interleaved_impl.h"
 #include "cholesky/cpu/single_impl.h"
+#include "cholesky/cpu/triangular_impl.h"
 
 template <class S>
 constexpr CholeskyKernels cholesky_kernels_of() {
-  return {kLanesOf<S>,   inverse_work<S>,     inverse<S>,         factor_work<S>, factor<S>,
-          lanes_work<S>, inverse_of_lanes<S>, factor_of_lanes<S>, solve_work<S>,  solve<S>};
+  return {kLanesOf<S>,
+          lanes_work<S>,
+          {inverse_work<S>, inverse<S>, inverse_of_lanes<S>},
+          {factor_work<S>, factor<S>, factor_of_lanes<S>},
+          {inverse_work<S>, inverse_factor<S>, inverse_factor_of_lanes<S>},
+          {triangular_inverse_work<S>, triangular_inverse<S>, triangular_inverse_of_lanes<S>},
+          solve_work<S>,
+          solve<S>};
 }
 constexpr CholeskyKernels kCholeskyKernels[] = {cholesky_kernels_of<float>(), cholesky_kernels_of<double>()};

@@ -1,4 +1,4 @@
-// Inverses and factors of as many small blocks at once as a vector has lanes, one block to a lane.
+// Inverses, factors and inverses of factors of as many small blocks at once as a vector has lanes, one block to a lane.
 //
 // The lower triangle of all of them is kept as tiles (i, j), j <= i, of kLaneTile x kLaneTile vectors; what a tile on the diagonal holds
 // above it is not read. Three left-looking passes, in place:
@@ -323,14 +323,62 @@ void inverse_of_lanes(const Job* jobs, int64_t n, void* work) {
   write_lanes<true>(tiles, jobs, n, staged);
 }
 
+// Above the diagonal zeros
+template <class S>
+void clear_above_lanes(S* tiles, int64_t n) {
+  for (int64_t i = 0; i < lane_tiles(n); ++i)
+    for (int64_t r = 0; r < kLaneTile; ++r)
+      __builtin_memset(entry(lane_tile(tiles, i, i), r, r) + kLanesOf<S>, 0, (kLaneTile - 1 - r) * kLanesOf<S> * sizeof(S));
+}
+
+// Every element of the diagonal becomes its reciprocal.
+template <class S>
+void invert_diagonal_of_lanes(S* tiles, int64_t n) {
+  for (int64_t i = 0; i < lane_tiles(n) * kLaneTile; ++i) {
+    S* diagonal = entry(lane_tile(tiles, i / kLaneTile, i / kLaneTile), i % kLaneTile, i % kLaneTile);
+    store(diagonal, splat(S(1)) / load<Vec<S>>(diagonal));
+  }
+}
+
 template <class S>
 void factor_of_lanes(const Job* jobs, int64_t n, void* work) {
   S *tiles = static_cast<S*>(work), *staged = load_and_factor_lanes(jobs, n, tiles);
-  for (int64_t i = 0; i < lane_tiles(n); ++i)
-    for (int64_t r = 0; r < kLaneTile; ++r) {
-      S* row = entry(lane_tile(tiles, i, i), r, r);
-      store(row, splat(S(1)) / load<Vec<S>>(row));
-      __builtin_memset(row + kLanesOf<S>, 0, (kLaneTile - 1 - r) * kLanesOf<S> * sizeof(S));
+  invert_diagonal_of_lanes(tiles, n);
+  clear_above_lanes(tiles, n);
+  write_lanes<false>(tiles, jobs, n, staged);
+}
+
+template <class S>
+void inverse_factor_of_lanes(const Job* jobs, int64_t n, void* work) {
+  S *tiles = static_cast<S*>(work), *staged = load_and_factor_lanes(jobs, n, tiles);
+  invert_lanes(tiles, lane_tiles(n));
+  clear_above_lanes(tiles, n);
+  write_lanes<false>(tiles, jobs, n, staged);
+}
+
+template <class S>
+void triangular_inverse_of_lanes(const Job* jobs, int64_t n, void* work) {
+  using V = Vec<S>;
+  const int64_t count = lane_tiles(n);
+  S *tiles = static_cast<S*>(work), *staged = tiles + count * (count + 1) / 2 * kLaneArea<S>;
+  Lane<S> lanes[kLanesOf<S>];
+  stage_lanes(jobs, n, staged, lanes);
+  gather_lanes(jobs, lanes, n, tiles);
+  V zero = {};  // x - x is zero for finite x alone
+  int32_t first_zero[kLanesOf<S>] = {};
+  for (int64_t i = 0; i < n; ++i) {
+    const S* row = entry(lane_tile(tiles, i / kLaneTile, 0), i % kLaneTile, 0);
+    V x = {};
+    for (int64_t j = 0; j <= i; ++j) {
+      x = load<V>(row + j / kLaneTile * kLaneArea<S> + j % kLaneTile * kLanesOf<S>);
+      zero += x - x;
     }
+    for (int l = 0; l < kLanesOf<S>; ++l)
+      if (x[l] == 0 && first_zero[l] == 0) first_zero[l] = static_cast<int32_t>(i + 1);
+  }
+  for (int l = 0; l < kLanesOf<S>; ++l) *jobs[l].info = zero[l] == 0 ? first_zero[l] : -1;
+  invert_diagonal_of_lanes(tiles, n);
+  invert_lanes(tiles, count);
+  clear_above_lanes(tiles, n);
   write_lanes<false>(tiles, jobs, n, staged);
 }

@@ -25,10 +25,12 @@ MFAC_INLINE void load_row(const T* row, int64_t stride, int64_t width, int64_t p
       return;
     }
   T gathered[2 * kLanesOf<S>];
-  if (stride != 1) {
+  if (stride == -1) {
+    for (int64_t c = 0; c < width; ++c) gathered[c] = row[-c];
+  } else if (stride != 1) {
     for (int64_t c = 0; c < width; ++c) gathered[c] = row[c * stride];
-    row = gathered;
   }
+  if (stride != 1) row = gathered;
   if constexpr (sizeof(S) == sizeof(Compute<T>)) {
     widen_row(row, width, out, padded);
   } else {
@@ -43,6 +45,8 @@ template <class S>
 MFAC_INLINE void store_row(const S* row, int64_t width, int64_t stride, S* out) {
   if (stride == 1)
     __builtin_memcpy(out, row, width * sizeof(S));
+  else if (stride == -1)
+    for (int64_t c = 0; c < width; ++c) out[-c] = row[c];
   else
     for (int64_t c = 0; c < width; ++c) out[c * stride] = row[c];
 }

@@ -5,9 +5,18 @@
 
 // ---- between matrices and tiles -------------------------------------------------------------------------------------------------
 
+// Whether the elements of a column lie closer together than those of a row
+MFAC_INLINE bool by_columns(const Matrix& x) { return __builtin_llabs(x.row_stride) < __builtin_llabs(x.column_stride); }
+MFAC_INLINE Matrix transposed(const Matrix& x) { return {x.data, x.dtype, x.column_stride, x.row_stride}; }
+
 // tile = x[row :, column :] of a matrix (rows, columns), zero past its end
 template <class S>
 __attribute__((noinline)) void load_tile(const Matrix& x, int64_t rows, int64_t columns, int64_t row, int64_t column, S* tile) {
+  if (by_columns(x)) {
+    alignas(64) S other[kTileArea<S>];
+    load_tile(transposed(x), columns, rows, column, row, other);
+    return transpose_tile(other, tile);
+  }
   const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
   with_type<S>(x, [&](const auto* data) {
     data += row * x.row_stride + column * x.column_stride;
@@ -18,6 +27,11 @@ __attribute__((noinline)) void load_tile(const Matrix& x, int64_t rows, int64_t 
 
 template <class S>
 __attribute__((noinline)) void store_tile(const S* tile, const Matrix& x, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  if (by_columns(x)) {
+    alignas(64) S other[kTileArea<S>];
+    transpose_tile(tile, other);
+    return store_tile(other, transposed(x), columns, rows, column, row);
+  }
   const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
   S* to = static_cast<S*>(x.data) + row * x.row_stride + column * x.column_stride;
   for (int64_t r = 0; r < height; ++r) store_row(tile + r * kTile<S>, width, x.column_stride, to + r * x.row_stride);
@@ -38,17 +52,21 @@ bool load_spd_tiles(const Job& job, int64_t n, S* tiles, Team team) {
   constexpr int64_t T = kTile<S>;
   const Matrix& block = job.block;
   for_each(team, tiles_of<S>(n), [&](int64_t i) {
-    const int64_t height = n - i * T < T ? n - i * T : T;
-    with_type<S>(block, [&](const auto* data) {
-      for (int64_t r = 0; r < height; ++r)
-        for (int64_t j = 0; j <= i; ++j)
-          load_row(data + (i * T + r) * block.row_stride + j * T * block.column_stride, block.column_stride, j < i ? T : height, T,
-                   tile_at(tiles, i, j) + r * T);
-    });
-    for (int64_t j = 0; j <= i; ++j) __builtin_memset(tile_at(tiles, i, j) + height * T, 0, (T - height) * T * sizeof(S));
-    alignas(64) S transposed[kTileArea<S>];
-    transpose_tile(tile_at(tiles, i, i), transposed);
-    mirror_upper(transposed, tile_at(tiles, i, i));
+    if (by_columns(block)) {
+      for (int64_t j = 0; j <= i; ++j) load_tile(block, n, n, i * T, j * T, tile_at(tiles, i, j));
+    } else {
+      const int64_t height = n - i * T < T ? n - i * T : T;
+      with_type<S>(block, [&](const auto* data) {
+        for (int64_t r = 0; r < height; ++r)
+          for (int64_t j = 0; j <= i; ++j)
+            load_row(data + (i * T + r) * block.row_stride + j * T * block.column_stride, block.column_stride, j < i ? T : height, T,
+                     tile_at(tiles, i, j) + r * T);
+      });
+      for (int64_t j = 0; j <= i; ++j) __builtin_memset(tile_at(tiles, i, j) + height * T, 0, (T - height) * T * sizeof(S));
+    }
+    alignas(64) S mirrored[kTileArea<S>];
+    transpose_tile(tile_at(tiles, i, i), mirrored);
+    mirror_upper(mirrored, tile_at(tiles, i, i));
   });
   return spd_prepare(tiles, n, static_cast<S>(job.damping));
 }
@@ -69,22 +87,43 @@ void inverse(const Job& job, int64_t n, void* work, Team team) {
   *job.info = static_cast<int32_t>(info);
   if (info != 0) return fill_nan<S>(out, n);
   // The result is symmetric: columns next to each other serve as rows.
-  const Matrix rows = out.column_stride == 1 ? out : Matrix{out.data, out.dtype, out.column_stride, out.row_stride};
+  const Matrix rows = out.column_stride == 1 ? out : transposed(out);
   for_each(team, tiles_of<S>(n), [&](int64_t i) {
     constexpr int64_t T = kTile<S>;
     if (rows.column_stride == 1) return spd_store_negated_band(tiles, n, i, static_cast<S*>(rows.data), rows.row_stride);
     for (int64_t j = 0; j <= i; ++j) {
-      alignas(64) S transposed[kTileArea<S>];
+      alignas(64) S mirrored[kTileArea<S>];
       S* tile = tile_at(tiles, i, j);
       for (int64_t v = 0; v < kTileArea<S>; v += kLanesOf<S>) store(tile + v, -load<Vec<S>>(tile + v));
-      transpose_tile(tile, transposed);
+      transpose_tile(tile, mirrored);
       if (i == j)
-        mirror_upper(tile, transposed);
+        mirror_upper(tile, mirrored);
       else
         store_tile(tile, out, n, n, i * T, j * T);
-      store_tile(transposed, out, n, n, j * T, i * T);
+      store_tile(mirrored, out, n, n, j * T, i * T);
     }
   });
+}
+
+// ---- the inverse of the factor ------------------------------------------------------------------------------------------------------
+
+// Rows of tiles of out (n, n): tile(i, j) for j <= i, zeros elsewhere.
+template <class S, class TileOf>
+void store_lower(const TileOf& tile, int64_t n, const Matrix& out, Team team) {
+  for_each(team, tiles_of<S>(n), [&](int64_t i) {
+    alignas(64) const S zeros[kTileArea<S>] = {};
+    for (int64_t j = 0; j < tiles_of<S>(n); ++j) store_tile(j <= i ? tile(i, j) : zeros, out, n, n, i * kTile<S>, j * kTile<S>);
+  });
+}
+
+template <class S>
+void inverse_factor(const Job& job, int64_t n, void* work, Team team) {
+  S *tiles = static_cast<S*>(work), *rest = tiles + spd_tiles_size<S>(n);
+  const auto each = [&](int64_t count, const auto& body) { for_each(team, count, body); };
+  const int64_t info = load_spd_tiles(job, n, tiles, team) ? spd_invert_factor(tiles, n, rest, each) : -1;
+  *job.info = static_cast<int32_t>(info);
+  if (info != 0) return fill_nan<S>(job.out, n);
+  store_lower<S>([&](int64_t i, int64_t j) -> const S* { return tile_at(tiles, i, j); }, n, job.out, team);
 }
 
 // ---- the factor -----------------------------------------------------------------------------------------------------------------

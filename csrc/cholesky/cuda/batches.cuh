@@ -16,6 +16,17 @@ struct BatchList {
 };
 static_assert(sizeof(BatchList<DeviceBlocks>) <= 4096);
 
+// body<result>()
+template <class Body>
+cudaError_t for_result(CholeskyResult result, const Body& body) {
+  switch (result) {
+    case CholeskyResult::inverse: return body.template operator()<CholeskyResult::inverse>();
+    case CholeskyResult::factor: return body.template operator()<CholeskyResult::factor>();
+    case CholeskyResult::inverse_factor: return body.template operator()<CholeskyResult::inverse_factor>();
+    default: return body.template operator()<CholeskyResult::triangular_inverse>();
+  }
+}
+
 #if defined(MFAC_KERNELS_SIMT) || defined(__CUDACC__)
 // The batch of this thread block
 template <class Batch>

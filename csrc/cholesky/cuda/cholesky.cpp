@@ -56,22 +56,45 @@ void* element(const Tensor& t, int64_t offset) { return static_cast<char*>(t.dat
 
 BlockStrides strides_of(const Tensor& t, int64_t batch) { return {batch, t.stride(-2), t.stride(-1)}; }
 
-Tensor cholesky(const char* op, CholeskyResult result, const std::vector<Tensor>& out, const std::vector<Tensor>& blocks,
-                const std::vector<Tensor>& damping, const std::optional<Tensor>& only) {
-  const std::vector<DampedBatch> batches = check_damped_batches(op, out, blocks, damping, only);
+// A batch of matrices (n, n), n > 0, from its first element, and where the next elements lie
+struct View {
+  void* data;
+  BlockStrides strides;
+};
+View view_of(const Tensor& t, int64_t first, int64_t batch) { return {element(t, first), strides_of(t, batch)}; }
+
+View transposed(const View& view) { return {view.data, {view.strides.batch, view.strides.column, view.strides.row}}; }
+
+// J x J, with J the reversal of indices
+View reversed(const View& view, int64_t n, int64_t item) {
+  const int64_t last = (n - 1) * (view.strides.row + view.strides.column);
+  return {static_cast<char*>(view.data) + last * item, {view.strides.batch, -view.strides.row, -view.strides.column}};
+}
+
+// Of upper triangular results: the kernels' are lower triangular. With J H J = L L^T, H^-1 = U^T U for U = J L^-1 J, and the lower triangle
+// of J H J is that of H, transposed and reversed; of a triangle U, U^-1 = J (J U J)^-1 J.
+enum class Order { as_it_is, reversed };
+
+Tensor cholesky(const char* op, CholeskyResult result, Order order, const std::vector<DampedBatch>& batches, const std::vector<Tensor>& out,
+                const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping, const std::optional<Tensor>& only) {
   check(!blocks.empty(), op, ": blocks: expected at least one tensor");
   const DeviceOf device(op, blocks[0]);
   for (size_t i = 0; i < blocks.size(); ++i) {
     device.check_same("blocks", blocks[i]);
     device.check_same("out", out[i]);
-    device.check_same("damping", damping[i]);
   }
+  for (const Tensor& shift : damping) device.check_same("damping", shift);
   if (only) device.check_same("only", *only);
   Tensor info = uninitialised(blocks[0], {block_count(batches)}, ScalarType::Int);
   if (std::any_of(batches.begin(), batches.end(), [](const DampedBatch& batch) { return batch.blocks.rows == 0; }))
     torch::stable::zero_(info);
   auto* const codes = static_cast<int32_t*>(info.mutable_data_ptr());
   const auto* const chosen = only ? static_cast<const int32_t*>(only->const_data_ptr()) : nullptr;
+  std::optional<Tensor> none;  // the damping of all, where there is none
+  if (damping.empty()) {
+    none = uninitialised(blocks[0], {1}, ScalarType::Double);
+    torch::stable::zero_(*none);
+  }
 
   for (const DType dtype : {DType::f32, DType::f64}) {
     std::vector<DeviceBlocks> list;
@@ -79,11 +102,17 @@ Tensor cholesky(const char* op, CholeskyResult result, const std::vector<Tensor>
       const DampedBatch& batch = batches[i];
       if (batch.out.dtype != dtype || batch.blocks.rows == 0) continue;
       for_each_run(out[i], blocks[i], [&](const Run& run) {
+        View from = view_of(blocks[i], run.first_b, run.stride_b), to = view_of(out[i], run.first_a, run.stride_a);
+        if (order == Order::reversed) {
+          if (result == CholeskyResult::inverse_factor) from = transposed(from);
+          from = reversed(from, batch.blocks.rows, batch.blocks.item);
+          to = reversed(to, batch.blocks.rows, batch.out.item);
+        }
         const int64_t first = batch.first + run.flat;
-        list.push_back({element(blocks[i], run.first_b), element(out[i], run.first_a), batch.damping + run.flat * batch.damping_stride,
-                        chosen ? chosen + first : nullptr, codes + first, strides_of(blocks[i], run.stride_b),
-                        strides_of(out[i], run.stride_a), run.flat_stride, run.flat_stride * batch.damping_stride, run.count,
-                        static_cast<int32_t>(batch.blocks.rows), batch.blocks.dtype});
+        const double* const shift = none ? doubles_of(*none) : batch.damping + run.flat * batch.damping_stride;
+        list.push_back({from.data, to.data, shift, chosen ? chosen + first : nullptr, codes + first, from.strides, to.strides,
+                        run.flat_stride, run.flat_stride * batch.damping_stride, run.count, static_cast<int32_t>(batch.blocks.rows),
+                        batch.blocks.dtype});
       });
     }
     // The largest first: they take longest.
@@ -95,12 +124,29 @@ Tensor cholesky(const char* op, CholeskyResult result, const std::vector<Tensor>
   return info;
 }
 
+Tensor damped(const char* op, CholeskyResult result, Order order, const std::vector<Tensor>& out, const std::vector<Tensor>& blocks,
+              const std::vector<Tensor>& damping, const std::optional<Tensor>& only) {
+  return cholesky(op, result, order, check_damped_batches(op, out, blocks, damping, only), out, blocks, damping, only);
+}
+
 Tensor cholesky_inverse_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
-  return cholesky("cholesky_inverse_", CholeskyResult::inverse, out, blocks, damping, only);
+  return damped("cholesky_inverse_", CholeskyResult::inverse, Order::as_it_is, out, blocks, damping, only);
 }
 
 Tensor cholesky_factor_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
-  return cholesky("cholesky_factor_", CholeskyResult::factor, out, blocks, damping, only);
+  return damped("cholesky_factor_", CholeskyResult::factor, Order::as_it_is, out, blocks, damping, only);
+}
+
+Tensor cholesky_inverse_factor_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, bool upper,
+                                    std::optional<Tensor> only) {
+  const Order order = upper ? Order::reversed : Order::as_it_is;
+  return damped("cholesky_inverse_factor_", CholeskyResult::inverse_factor, order, out, blocks, damping, only);
+}
+
+Tensor triangular_inverse_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks, bool upper) {
+  constexpr const char* op = "triangular_inverse_";
+  const Order order = upper ? Order::reversed : Order::as_it_is;
+  return cholesky(op, CholeskyResult::triangular_inverse, order, check_triangular_batches(op, out, blocks), out, blocks, {}, std::nullopt);
 }
 
 void cholesky_solve_cuda(std::vector<Tensor> x, std::vector<Tensor> factors) {
@@ -132,6 +178,8 @@ void cholesky_solve_cuda(std::vector<Tensor> x, std::vector<Tensor> factors) {
 STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, MFAC_DEVICE_KEY, m) {
   m.impl("cholesky_inverse_", TORCH_BOX(&cholesky_inverse_cuda));
   m.impl("cholesky_factor_", TORCH_BOX(&cholesky_factor_cuda));
+  m.impl("cholesky_inverse_factor_", TORCH_BOX(&cholesky_inverse_factor_cuda));
+  m.impl("triangular_inverse_", TORCH_BOX(&triangular_inverse_cuda));
   m.impl("cholesky_solve_", TORCH_BOX(&cholesky_solve_cuda));
 }
 

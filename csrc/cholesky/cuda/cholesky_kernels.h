@@ -11,8 +11,8 @@ struct BlockStrides {
 
 // Blocks A (count, n, n), of which the lower triangle is read, and what becomes of A + damping I. Block b has its damping at
 // damping[b * damping_stride], its code at info[b * index_stride] and, if `only` is not null, is skipped where only[b * index_stride] is
-// 0: its code is then 0. out may be the memory of in. Codes: 0; k, the leading minor of order k is not positive; -1, not finite. The
-// result of a block with another code than 0 is NaN.
+// 0: its code is then 0. out may be the memory of in. Codes: 0; k, the leading minor of order k is not positive (of a triangle: is 0); -1,
+// not finite. The result of a block with another code than 0 is NaN. Strides may be negative.
 struct DeviceBlocks {
   const void* in;
   void* out;
@@ -25,7 +25,13 @@ struct DeviceBlocks {
   DType in_dtype;
 };
 
-enum class CholeskyResult { inverse, factor };  // the factor L is lower triangular, with zeros above the diagonal
+// Of A + damping I = L L^T the inverse, L or L^-1; or the inverse of A's lower triangle. What is triangular has zeros above the diagonal.
+enum class CholeskyResult { inverse, factor, inverse_factor, triangular_inverse };
+template <CholeskyResult result>
+constexpr bool kIsTriangular = result != CholeskyResult::inverse;
+// Whether rows of the result are finished as they are eliminated: they are those of L^-1, and only rows below them change.
+template <CholeskyResult result>
+constexpr bool kIsFactorInverse = result == CholeskyResult::inverse_factor || result == CholeskyResult::triangular_inverse;
 
 // dtype: that of every out, float32 or float64. work: cholesky_work bytes, aligned to 16.
 int64_t cholesky_work(DType dtype, const DeviceBlocks* batches, int64_t batch_count);

@@ -4,7 +4,8 @@
 //   prepare   M = A + damping I, in out's type; finite or not
 //   panel     M[K, K] = D D^T in registers, P = D^-1 M[K, :], with I in place of the columns K      a thread a column
 //   update    M <- M - P^T P, M[K, :] and M[:, K] counted as zero; of a factor L[:, K] = P^T         a thread a tile of 8 x 8
-//   finish    -M, or L, and its mirror image
+//             of a factor's inverse rows below K alone, and M[K, :] = P
+//   finish    -M, or the triangle, and its mirror image
 //
 // Flops: n^3 (n^3 / 3 for the factor), all but 64 n^2 of them in update, which reads and writes n^2 / 2 elements a step: 8 multiply-adds a
 // byte in float32, where an H200 does 7 from memory, and L2 holds the half of M that is used up to n = 4096 or so. Floor there: 1.2 ms of
@@ -85,8 +86,8 @@ __global__ void __launch_bounds__(kSquareThreads) prepare_kernel(const BatchList
                     batch.n - place.row, batch.n - place.column);
 }
 
-// transposed (kBlock, kQuads) <- D^T, reciprocals on its diagonal. The diagonal block of M is factored as in register_kernels.cu.
-template <class S>
+// transposed (kBlock, kQuads) <- D^T, reciprocals on its diagonal. The diagonal block of M is factored as in register_kernels.cu, or is D.
+template <CholeskyResult kResult, class S>
 __device__ __forceinline__ void factor_diagonal(const S* m, const BlockStrides& strides, int rows, Shared<Quad<S>> scratch,
                                                 Shared<Quad<S>> transposed, int32_t& info) {
   const int rank = static_cast<int>(threadIdx.x), row = row_of_triangle(rank), column = rank - row * (row + 1) / 2;
@@ -105,10 +106,16 @@ __device__ __forceinline__ void factor_diagonal(const S* m, const BlockStrides& 
     }
   }
   if (rank == 0) info = 0;
+  if constexpr (kResult == CholeskyResult::triangular_inverse) {
+    if (rank == 0)
+      for (int r = 0; r < rows && info == 0; ++r)
+        if (m[r * (strides.row + strides.column)] == 0) info = r + 1;
+  } else {
 #pragma unroll 1
-  for (int k = 0; k < kTiles; ++k) {
-    eliminate<0, CholeskyResult::factor, false>(a, team, k, info);
-    eliminate<1, CholeskyResult::factor, false>(a, team, k, info);
+    for (int k = 0; k < kTiles; ++k) {
+      eliminate<0, CholeskyResult::factor, false>(a, team, k, info);
+      eliminate<1, CholeskyResult::factor, false>(a, team, k, info);
+    }
   }
   if (row < kTiles) {
 #pragma unroll
@@ -137,7 +144,7 @@ __global__ void __launch_bounds__(kColumns) panel_kernel(const BatchList<LargeBl
   const S* const m = result_of<S>(batch, b);
   const Shared<Quad<S>> transposed = shared, solved = shared + kBlock * kQuads;
   const int rows = min(kBlock, batch.n - first);
-  factor_diagonal<S>(m + first * (strides.row + strides.column), strides, rows, solved, transposed, infos[0]);
+  factor_diagonal<kResult>(m + first * (strides.row + strides.column), strides, rows, solved, transposed, infos[0]);
   if (threadIdx.x == 0 && chunk == 0) {
     int32_t& info = batch.info[b * batch.index_stride];
     if (infos[0] != 0 && info == 0) info = first + infos[0];
@@ -147,6 +154,7 @@ __global__ void __launch_bounds__(kColumns) panel_kernel(const BatchList<LargeBl
   const int column = chunk * kColumns + static_cast<int>(threadIdx.x);
   if (column >= pitch || (kResult == CholeskyResult::factor && column < first)) return;
   const bool own = column >= first && column < first + kBlock;
+  const bool solve = kResult != CholeskyResult::triangular_inverse || column < first + kBlock;
   const S* const from =
       column < first ? m + first * strides.row + column * strides.column : m + column * strides.row + first * strides.column;
   const int64_t stride = column < first ? strides.row : strides.column;
@@ -160,7 +168,7 @@ __global__ void __launch_bounds__(kColumns) panel_kernel(const BatchList<LargeBl
     for (int r = 0; r < kTile; ++r)
       x[r] = own ? S(k + r == column - first) : k + r < rows && column < batch.n ? from[(k + r) * stride] : S(0);
 #pragma unroll 1
-    for (int j = 0; j < k; ++j) {
+    for (int j = 0; j < (solve ? k : 0); ++j) {
       const S y = entry(solved, j * kColumns + lane);
 #pragma unroll
       for (int g = 0; g < 2; ++g) {
@@ -171,6 +179,7 @@ __global__ void __launch_bounds__(kColumns) panel_kernel(const BatchList<LargeBl
     }
 #pragma unroll
     for (int j = 0; j < kTile; ++j) {
+      if (!solve) break;
       const Quad<S> d[2] = {transposed[(k + j) * kQuads + k / 4], transposed[(k + j) * kQuads + k / 4 + 1]};
       x[j] *= d[j / 4].x[j % 4];
 #pragma unroll
@@ -206,11 +215,13 @@ __global__ void __launch_bounds__(kSquareThreads) update_kernel(const BatchList<
   const DeviceBlocks& batch = list.batches[index].blocks;
   const Place place(batch.n, blockIdx.x - list.first[index]);
   if (!is_chosen(batch, place.b) || (kResult == CholeskyResult::factor && place.square_column < step)) return;
+  if (kIsFactorInverse<kResult> && place.square_row < step) return;
+  if (kResult == CholeskyResult::triangular_inverse && place.square_column > step) return;
   const int pitch = pitch_of(batch.n);
   const S* const panel = static_cast<const S*>(list.batches[index].panels) + place.b * kBlock * pitch;
   const Shared<Quad<S>> right = left + kBlock * kQuads;
   load_square(panel, pitch, place.square_row, left);
-  if (kResult == CholeskyResult::inverse || place.square_column != step) load_square(panel, pitch, place.square_column, right);
+  if (kResult != CholeskyResult::factor || place.square_column != step) load_square(panel, pitch, place.square_column, right);
   __syncthreads();
   if (!place.lower) return;
 
@@ -224,6 +235,11 @@ __global__ void __launch_bounds__(kSquareThreads) update_kernel(const BatchList<
     for (int c = 0; c < kTile; ++c)
 #pragma unroll
       for (int r = 0; r < kTile; ++r) a[r][c] = left[(tx * kTile + c) * kQuads + r / 4 * kTiles + ty].x[r % 4];
+  } else if (kIsFactorInverse<kResult> && place.square_row == step) {
+#pragma unroll
+    for (int r = 0; r < kTile; ++r)
+#pragma unroll
+      for (int c = 0; c < kTile; ++c) a[r][c] = right[(ty * kTile + r) * kQuads + c / 4 * kTiles + tx].x[c % 4];
   } else {
     if (place.square_row != step && place.square_column != step) load_tile(m, strides.row, strides.column, rows, columns, a);
 #pragma unroll 2
@@ -313,8 +329,7 @@ int64_t cholesky_work(DType dtype, const DeviceBlocks* batches, int64_t batch_co
 cudaError_t cholesky_blocks(CholeskyResult result, DType dtype, const DeviceBlocks* batches, int64_t batch_count, void* work,
                             cudaStream_t stream) {
   const auto for_type = [&]<class S>(S* panels) {
-    return result == CholeskyResult::inverse ? launch_large<CholeskyResult::inverse>(batches, batch_count, panels, stream)
-                                             : launch_large<CholeskyResult::factor>(batches, batch_count, panels, stream);
+    return for_result(result, [&]<CholeskyResult kResult>() { return launch_large<kResult>(batches, batch_count, panels, stream); });
   };
   const cudaError_t error = dtype == DType::f64 ? for_type(static_cast<double*>(work)) : for_type(static_cast<float*>(work));
   return error != cudaSuccess ? error : cholesky_in_registers(result, dtype, batches, batch_count, stream);

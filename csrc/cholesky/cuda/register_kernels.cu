@@ -1,4 +1,4 @@
-// Blocks small enough to live in registers, n <= 128. X = (A + damping I)^-1, or the factor L of A + damping I = L L^T.
+// Blocks small enough to live in registers, n <= 128. X = (A + damping I)^-1, or the factor L of A + damping I = L L^T, or L^-1.
 //
 // The lower triangle of A is cut into tiles of 8 x 8, one for each thread of a team. Steps of four rows K eliminate A from the bordered
 // matrix M = [A I; I 0], whose Schur complement at the end is -X; what takes the place of row K is row K of the identity:
@@ -6,7 +6,9 @@
 //   P = D^-1 M[K, :]     M[K, K] = D D^T, and I in its place     a thread each four columns, D in all of them
 //   M <- M - P^T P       M[K, :] and M[:, K] counted as zero     a thread each tile
 //
-// The factor is found on the way, L[:, K] = P^T, by the same steps without the border. Stable because D^-1 stands on both sides: the
+// The factor is found on the way, L[:, K] = P^T, by the same steps without the border. So is its inverse: what P has left of the diagonal
+// are the rows K of L^-1, which stay, and only rows below K are updated. Where A is a triangle, D is its own block on the diagonal and
+// what lies right of K is L^T as it is. Stable because D^-1 stands on both sides: the
 // complement is Cholesky's own. Exactly symmetric because only one half is computed.
 //
 // Flops: n^3 (n^3 / 3 for the factor). Bytes: n^2 / 2 elements read, n^2 written. Floor of 4096 blocks of 32, 1024 of 64 or 256 of 128 in
@@ -127,8 +129,7 @@ cudaError_t launch_result(DType dtype, const DeviceBlocks* batches, int64_t coun
 }  // namespace
 
 cudaError_t cholesky_in_registers(CholeskyResult result, DType dtype, const DeviceBlocks* batches, int64_t count, cudaStream_t stream) {
-  return result == CholeskyResult::inverse ? launch_result<CholeskyResult::inverse>(dtype, batches, count, stream)
-                                           : launch_result<CholeskyResult::factor>(dtype, batches, count, stream);
+  return for_result(result, [&]<CholeskyResult kResult>() { return launch_result<kResult>(dtype, batches, count, stream); });
 }
 
 }  // namespace mfac_kernels

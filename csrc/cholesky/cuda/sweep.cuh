@@ -48,15 +48,21 @@ __device__ __forceinline__ void share_rows(const Tile<S>& a, const Team<S>& team
 }
 
 // Four columns of P. place: where their first row lies; own: that of the columns K. Returns 0, or 1 + the row of the first pivot that is
-// not positive.
+// not positive. Of a triangle, D is there from the start; `finished` columns, those of L right of K, stay what they are.
 template <CholeskyResult kResult, class S>
 __device__ __forceinline__ int solve_columns(const Team<S>& team, int place, int own, bool finished) {
+  constexpr bool kTriangle = kResult == CholeskyResult::triangular_inverse;
   Quad<S> d[kHalf];  // the upper triangle of D D^T, then that of D^T with reciprocals on its diagonal
 #pragma unroll
   for (int w = 0; w < kHalf; ++w) d[w] = team.rows[own + 2 * w];
   int bad = 0;
 #pragma unroll
   for (int w = 0; w < kHalf; ++w) {
+    if (kTriangle) {
+      if (d[w].x[w] == 0 && bad == 0) bad = w + 1;
+      d[w].x[w] = 1 / d[w].x[w];
+      continue;
+    }
     if (!(d[w].x[w] > 0) && bad == 0) bad = w + 1;
     d[w].x[w] = reciprocal_root(d[w].x[w]);
 #pragma unroll
@@ -72,9 +78,14 @@ __device__ __forceinline__ int solve_columns(const Team<S>& team, int place, int
     x[w] = team.rows[place + 2 * w];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (kResult == CholeskyResult::inverse && place == own) x[w].x[i] = i == w ? S(1) : S(0);
-      if (finished) x[w].x[i] = 0;
+      if (kResult != CholeskyResult::factor && place == own) x[w].x[i] = i == w ? S(1) : S(0);
+      if (!kTriangle && finished) x[w].x[i] = 0;
     }
+  }
+  if (kTriangle && finished) {
+#pragma unroll
+    for (int w = 0; w < kHalf; ++w) team.panel[place + 2 * w] = x[w];
+    return bad;
   }
 #pragma unroll
   for (int w = 0; w < kHalf; ++w) {
@@ -97,14 +108,20 @@ __device__ __forceinline__ void eliminate(Tile<S>& a, const Team<S>& team, int k
   team_barrier<kOneWarp>();
   if (team.rank < 2 * t) {
     const int tile = team.rank % t, right = team.rank / t;
-    const bool finished = kResult == CholeskyResult::factor && (tile < k || (tile == k && right < half));
+    const bool finished = kResult == CholeskyResult::factor               ? tile < k || (tile == k && right < half)
+                          : kResult == CholeskyResult::triangular_inverse ? tile > k || (tile == k && right > half)
+                                                                          : false;
     const int bad = solve_columns<kResult>(team, tile * kPitch + right, k * kPitch + half, finished);
     if (team.rank == 0 && bad != 0 && info == 0) info = k * kTile + half * kHalf + bad;
   }
   team_barrier<kOneWarp>();
   if (team.row >= t) return;
-  if constexpr (kResult == CholeskyResult::inverse) {
-    if (team.row == k) {
+  constexpr bool kFactorInverse = kIsFactorInverse<kResult>;
+  const bool own = team.row == k;
+  if (kFactorInverse && team.row < k) return;
+  if (kResult == CholeskyResult::triangular_inverse && team.column > k) return;
+  if constexpr (kResult != CholeskyResult::factor) {
+    if (!kFactorInverse && own) {
 #pragma unroll
       for (int w = 0; w < kHalf; ++w)
 #pragma unroll
@@ -125,10 +142,19 @@ __device__ __forceinline__ void eliminate(Tile<S>& a, const Team<S>& team, int k
     const Quad<S> right[2] = {team.panel[team.column * kPitch + 2 * w], team.panel[team.column * kPitch + 2 * w + 1]};
 #pragma unroll
     for (int r = 0; r < kTile; ++r) {
-      const S factor = left[r / 4].x[r % 4];
+      S factor = left[r / 4].x[r % 4];
+      if (kFactorInverse && own && r < (half + 1) * kHalf) factor = 0;
 #pragma unroll
-      for (int c = 0; c < kTile; ++c) a[r][c] -= factor * right[c / 4].x[c % 4];
+      for (int c = 0; c < kTile; ++c) {
+        // Right of the columns K the triangle's own rows stand where others have P.
+        if (kResult == CholeskyResult::triangular_inverse && half == 0 && c >= kHalf && team.column == k) continue;
+        a[r][c] -= factor * right[c / 4].x[c % 4];
+      }
       if (kResult == CholeskyResult::factor && team.column == k) a[r][half * kHalf + w] = factor;
+    }
+    if (kFactorInverse && own) {
+#pragma unroll
+      for (int c = 0; c < kTile; ++c) a[half * kHalf + w][c] = right[c / 4].x[c % 4];
     }
   }
 }

@@ -125,7 +125,7 @@ __device__ __forceinline__ bool load_damped(const DeviceBlocks& batch, int64_t b
   return zero == 0;
 }
 
-// The tile at an element's row and column, and its mirror image: -a, or the factor; NaN if failed.
+// The tile at an element's row and column, and its mirror image: -a, or a triangle's and zeros; NaN if failed.
 template <CholeskyResult kResult, class S>
 __device__ __forceinline__ void store_result(const DeviceBlocks& batch, int64_t b, int row, int column, bool failed, Tile<S>& a) {
 #pragma unroll
@@ -133,14 +133,14 @@ __device__ __forceinline__ void store_result(const DeviceBlocks& batch, int64_t 
 #pragma unroll
     for (int c = 0; c < kTile; ++c) {
       if (kResult == CholeskyResult::inverse) a[r][c] = -a[r][c];
-      if (kResult == CholeskyResult::factor && row == column && c > r) a[r][c] = 0;
+      if (kIsTriangular<kResult> && row == column && c > r) a[r][c] = 0;
       if (failed) a[r][c] = static_cast<S>(NAN);
     }
   const BlockStrides& strides = batch.out_strides;
   S* const out = static_cast<S*>(batch.out) + b * strides.batch;
   store_tile<false>(a, out + row * strides.row + column * strides.column, strides.row, strides.column, batch.n - row, batch.n - column);
   if (row == column) return;
-  if (kResult == CholeskyResult::factor && !failed) {
+  if (kIsTriangular<kResult> && !failed) {
 #pragma unroll
     for (int r = 0; r < kTile; ++r)
 #pragma unroll
