@@ -181,8 +181,8 @@ class StaticFisher:
 
             y_P = -F_PP^-1 F_PQ v_Q = -G_P^T (n damping I + G_P G_P^T)^-1 G_Q v_Q:
 
-        exact, and as cheap as constructing the Fisher again, however many coordinates are fixed. In float64, rounded to
-        ``values``' dtype (float32 at least).
+        exact, at the cost of constructing the Fisher once more in float64, at most, however many coordinates are fixed.
+        Rounded to ``values``' dtype (float32 at least).
 
         Raises:
             TypeError, ValueError: other shapes, dtypes or devices; on the CPU also non-finite values.

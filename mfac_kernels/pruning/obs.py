@@ -57,7 +57,7 @@ def obs_prune(
         sparsity: in [0, 1): round(sparsity dim) weights are dropped, or the fewer that whole groups allow.
         joint: False: the paper's update, as if each group were dropped alone, summed over the groups. True: the
             minimum of dw^T F dw / 2 over all dw that drop what is dropped: exact, at the cost of constructing the
-            Fisher again.
+            Fisher again in float64.
         pattern: ``"unstructured"``; ``"2:4"``: of every four consecutive weights the best pair of six (any "n:m", n
             kept of m); ``"1x4"``: four consecutive weights go together (any "1xk"); ``"block"``: ``group_size`` do.
         group_size: of ``"block"``, by default 16.
