@@ -15,19 +15,10 @@ from mfac_kernels.fisher._checks import positive_int
 from mfac_kernels.fisher._state import check_entries
 from mfac_kernels.fisher.kronecker import KroneckerFisher
 from mfac_kernels.preconditioners._distributed import average_sums, share_refresh
-from mfac_kernels.preconditioners._layers import (
-    ASKED,
-    NOT_INCLUDED,
-    SKIPPED,
-    Add,
-    Approximation,
-    Normalization,
-    NormalizationLayer,
-    Options,
-    Spatial,
-    find_layers,
-)
 from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner, own_gradients
+from mfac_kernels.preconditioners.layers.base import Add, Approximation, Normalization, Options, Spatial
+from mfac_kernels.preconditioners.layers.find import ASKED, NOT_INCLUDED, SKIPPED, find_layers
+from mfac_kernels.preconditioners.layers.normalization import NormalizationLayer
 
 LossAverage = Literal["batch", "positions", "sum"]
 

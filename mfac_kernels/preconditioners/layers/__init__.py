@@ -1,0 +1,1 @@
+"""What K-FAC knows about modules, one file a kind."""

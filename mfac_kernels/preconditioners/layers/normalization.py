@@ -1,0 +1,99 @@
+"""Normalization layers: the whole block of each unit in place of two factors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfac_kernels import ops
+from mfac_kernels.fisher.kronecker import KroneckerShape
+from mfac_kernels.preconditioners.layers.base import Add, Layer, gradient_of
+
+NORMALIZATIONS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+    nn.GroupNorm,
+)
+
+
+class NormalizationLayer(Layer):
+    """Scale and shift of each unit: 2 x 2 blocks of the empirical Fisher, or their diagonal.
+
+    A holds the whole block, from the gradients of each sample; B is 1.
+    """
+
+    def __init__(self, name: str, module: nn.Module, diagonal: bool) -> None:
+        super().__init__(name, module)
+        parameters = 1 + (self.bias is not None)
+        self.units = self.weight.numel()
+        self.per_unit = 1 if diagonal else parameters
+        self.shape = KroneckerShape(
+            outputs=1, inputs=self.per_unit, groups=self.units * parameters // self.per_unit, unit=True
+        )
+
+    def positions(self, output: Tensor) -> int:
+        return output.numel() // max(1, len(output) * self.units)
+
+    def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
+        raise NotImplementedError("the block is known with the output gradient")
+
+    def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
+        total.fill_(1.0)
+
+    def block_rows(self, x: Tensor, gradient: Tensor, by_position: bool) -> Tensor:
+        """(samples, groups * per_unit, 1): gradients of each sample, or of each position, from input and output's."""
+        parts = [gradient * self._normalized(x)]
+        if self.bias is not None:
+            parts.append(gradient)
+        rows = torch.stack([self._per_unit(part, by_position) for part in parts], -1)  # (N, units, parameters)
+        return rows.reshape(len(rows), -1, 1)
+
+    def add_block(self, total: Tensor, rows: Tensor, how: Add) -> None:
+        ops.conv1d_factor_(
+            total, rows, 1, groups=self.shape.groups, beta=how.beta, alpha=how.alpha, check_finite=how.refused
+        )
+
+    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError("the block is dense: there is nothing to correct")
+
+    def gradient(self) -> Tensor:
+        parts = [gradient_of(p).flatten() for p in (self.weight, self.bias) if p is not None]
+        return torch.stack(parts, 1).view(self.shape.groups, self.per_unit)
+
+    def assign(self, matrix: Tensor) -> None:
+        columns = matrix.reshape(self.units, -1).unbind(1)
+        for parameter, column in zip((self.weight, self.bias), columns, strict=False):
+            if parameter is not None and parameter.grad is not None:
+                parameter.grad.copy_(column.view_as(parameter))
+
+    def _normalized(self, x: Tensor) -> Tensor:
+        """What the scale multiplies."""
+        module = self.module
+        if isinstance(module, nn.GroupNorm):
+            return F.group_norm(x, module.num_groups, eps=module.eps)
+        if isinstance(module, nn.LayerNorm):
+            return F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        if isinstance(module, nn.RMSNorm):
+            return F.rms_norm(x, module.normalized_shape, eps=module.eps)
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        running = not module.training and module.running_mean is not None
+        return F.batch_norm(
+            x,
+            module.running_mean if running else None,
+            module.running_var if running else None,
+            training=not running,
+            eps=module.eps,
+        )
+
+    def _per_unit(self, x: Tensor, by_position: bool) -> Tensor:
+        """(N, units), sums over positions; or (N * positions, units)."""
+        if isinstance(self.module, (nn.LayerNorm, nn.RMSNorm)):
+            each = x.reshape(len(x), -1, self.units)
+        else:
+            each = x.reshape(len(x), self.units, -1).mT
+        return each.flatten(0, 1) if by_position else each.sum(1)
