@@ -46,6 +46,10 @@ class Inverses(ABC):
     def update(self, take: Tensor, output_scale: Tensor | None) -> None:  # noqa: B027  (most keep no averages)
         """Let the sums enter the averages."""
 
+    def finite(self, output_scale: Tensor | None) -> Tensor | bool:
+        """Whether the sums of this batch are, times ``output_scale``, without a synchronisation."""
+        return True
+
     def begin(self) -> None:  # noqa: B027
         """No layer has sums of this batch."""
 
@@ -187,29 +191,44 @@ class Eigenbases(Inverses):
                 self.moments[i][row] = torch.where(seen[:, None, None, None, None], moments, 1)
                 self._dampings[i][row] = damping * seen.to(moments.dtype)
 
-    def add_moments(self, stack: Stack, row: int, inputs: Tensor, gradients: Tensor, alpha: float) -> None:
+    def add_moments(
+        self, stack: Stack, row: int, inputs: Tensor, gradients: Tensor, alpha: float, weights: Tensor | None
+    ) -> None:
         if not self.eigen_correction or stack.shape.sua:
             raise ValueError("add_moments: expected eigen_correction, and full spatial factors")
         i = self.stacks.index(stack)
-        a, g = (
-            multiply_inputs(rows.to(basis.dtype)[None, :, :, None], basis[row : row + 1])[0, :, :, 0]
-            if basis.dim() == 4
-            else rows.to(basis.dtype)
-            for rows, basis in ((inputs, self._inputs[i]), (gradients, self._outputs[i]))
-        )
-        squares = alpha * (g.square().mT @ a.square())
-        if self.begun[i][row]:
-            self._sums[i][row, :, :, 0] += squares
-        else:
-            self._sums[i][row, :, :, 0] = squares
-            self.begun[i][row] = True
+        squares = alpha * _rotated(gradients, self._outputs[i][row]).square()
+        if weights is not None:
+            squares = squares * weights
+        total = self._sums[i][row, :, :, 0]  # (groups, outputs, inputs)
+        begun, self.begun[i][row] = self.begun[i][row], True
+        if inputs.dim() == 1:  # index_put_, not index_add_: a sum in the same order each time, on CUDA too
+            if not begun:
+                total.zero_()
+            total[0].mT.index_put_((inputs,), squares[0].to(total.dtype), accumulate=True)
+            return
+        rotated = _rotated(inputs, self._inputs[i][row]) if not stack.shape.diagonal else inputs.to(total.dtype)
+        product = squares.mT @ rotated.square()
+        total.copy_(product + total if begun else product)
 
     def sums(self) -> list[Tensor]:
         return self._sums
 
+    def finite(self, output_scale: Tensor | None) -> Tensor | bool:
+        shared = self.called is not None  # sums of ranks that have none are zero
+        rows = [
+            total[row]
+            for total, begun in zip(self._sums, self.begun, strict=True)
+            for row in _runs([i for i, has_sum in enumerate(begun) if has_sum or shared])
+        ]
+        if not rows:
+            return True
+        finite = torch.stack([_scaled(total, output_scale).isfinite().all() for total in rows])
+        return finite.all()
+
     def update(self, take: Tensor, output_scale: Tensor | None) -> None:
         for i, total in enumerate(self._sums):
-            scaled = total if output_scale is None else (total * output_scale).to(total)
+            scaled = _scaled(total, output_scale)
             finite = torch.where(take > 0, scaled, 0)  # a refused batch's are not used, but 0 * inf is no number
             called = self.called[i] if self.called else None
             lerp_rows(self.moments[i], finite, take.to(total.dtype), self.begun[i], called)
@@ -244,6 +263,15 @@ class Eigenbases(Inverses):
             "moments": self.moments,
             "dampings": self._dampings,
         }
+
+
+def _rotated(rows: Tensor, basis: Tensor) -> Tensor:
+    """rows (groups, n, width) in the eigenbasis (blocks, s, s) of a factor."""
+    return multiply_inputs(rows.to(basis.dtype)[None, :, :, None], basis[None])[0, :, :, 0]
+
+
+def _scaled(total: Tensor, scale: Tensor | None) -> Tensor:
+    return total if scale is None else (total * scale).to(total)
 
 
 def _identity(stack: Stack, size: tuple[int, ...]) -> Tensor:

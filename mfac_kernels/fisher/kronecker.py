@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from mfac_kernels.fisher._checks import index, positive_float
 from mfac_kernels.fisher._inverses import Eigenbases, FactoredInverses, Inverses
 from mfac_kernels.fisher._layout import KroneckerShape, Lags, gather, spread
 from mfac_kernels.fisher._stack import Stack
-from mfac_kernels.fisher._state import check_like, copy_into
+from mfac_kernels.fisher._state import check_entries, check_like, copy_into
 
 __all__ = ["KroneckerFisher", "KroneckerShape", "Lags"]
 
@@ -122,30 +122,35 @@ class KroneckerFisher:
             ),
         )
 
-    def add_moments(self, layer: int, inputs: Tensor, gradients: Tensor, alpha: float) -> None:
+    def add_moments(
+        self, layer: int, inputs: Tensor, gradients: Tensor, alpha: float, weights: Tensor | None = None
+    ) -> None:
         """Rows of one layer for the eigenvalue correction: inputs (groups, n, columns), gradients (groups, n, outputs).
 
-        This batch's moments gain alpha times the sum over rows of (U_B^T g)_i^2 (U_A^T a)_j^2.
+        This batch's moments gain alpha times the sum over rows of w (U_B^T g)_i^2 (U_A^T a)_j^2. ``weights``: w, (n, 1)
+        or (). Where A is diagonal, inputs may be the indices (n,) of one-hot rows.
         """
         if not isinstance(self._inverses, Eigenbases):
             raise TypeError('add_moments: expected a KroneckerFisher with style "exact"')
-        self._inverses.add_moments(*self._at(layer), inputs, gradients, alpha)
+        self._inverses.add_moments(*self._at(layer), inputs, gradients, alpha, weights)
 
     @torch.no_grad()
     def update(self, output_scale: Tensor | None = None) -> None:
         """Let this batch's sums enter the averages and begin the next batch. Layers without sums stay as they are.
 
         ``output_scale``, () on the device: multiplies the sums of B, as the inverse square of a loss scale does. If
-        :attr:`refused` is set (the flag is cleared) or the scale is not finite, the batch is dropped and counted.
+        :attr:`refused` is set (the flag is cleared), or the scale or a moment is not finite, the batch is dropped and
+        counted.
         """
-        accepted = self.refused[0] == 0
+        has_sums = self._has_sums()
+        accepted = (self.refused[0] == 0) & self._inverses.finite(output_scale)
         if output_scale is not None:
             accepted = accepted & output_scale.isfinite()
         take = (1 - self.factor_decay) * accepted.double()
         self._inverses.update(take, output_scale)
         for stack in self._stacks:
             stack.merge(take, output_scale)
-        self._counts += torch.stack([accepted, ~accepted])
+        self._counts += torch.stack([accepted & has_sums, ~accepted])
         self.refused.zero_()
 
     @torch.no_grad()
@@ -166,6 +171,40 @@ class KroneckerFisher:
     def inverse_state(self, layer: int) -> list[Tensor]:
         """What :meth:`refresh` writes for one layer, as views: ranks that share the work send these to each other."""
         return self._inverses.views(*self._at(layer))
+
+    def scale_batch(self, layer: int, factor: float) -> None:
+        """Multiply this batch's sums of a layer, moments among them."""
+        stack, row = self._at(layer)
+        sums = [stack.input_sums] if stack.shape.unit else [stack.input_sums, stack.output_sums]
+        if self.eigen_correction:
+            sums.append(self._inverses.sums()[self._stacks.index(stack)])
+        for total in sums:
+            total[row] *= factor
+
+    def batch_state(self) -> dict[str, Any]:
+        """The sums of this batch, which :meth:`state_dict` leaves out; None for these where there are none."""
+        begun = any(any(rows) for rows in self._begun())
+        sums = [total.clone() for total in self.batch_sums()] if begun else None
+        return {"begun": self._begun(), "sums": sums, "refused": self.refused.clone()}
+
+    def check_batch_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """Raise unless ``state`` is a :meth:`batch_state` of these shapes."""
+        check_entries(name, ("begun", "sums", "refused"), state)
+        check_like(f"{name}['refused']", self.refused, state["refused"])
+        if state["sums"] is not None:
+            check_like(f"{name}['sums']", self._sums(), list(state["sums"]))
+        if [len(rows) for rows in state["begun"]] != [len(rows) for rows in self._begun()]:
+            raise ValueError(f"{name}['begun']: expected those of {len(self.shapes)} layers of the same shapes")
+
+    def load_batch_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`batch_state`, which has been checked."""
+        if state["sums"] is not None:
+            copy_into(self._sums(), state["sums"])
+        begun = [list(rows) for rows in state["begun"]]
+        for i, stack in enumerate(self._stacks):
+            stack.inputs_begun, stack.outputs_begun = begun[2 * i], list(begun[2 * i + 1])
+        self._inverses.begun = begun[2 * len(self._stacks) :]
+        self.refused.copy_(state["refused"])
 
     def batch_sums(self) -> list[Tensor]:
         """The sums of this batch, as views, zero where a layer has none: what ranks add up before :meth:`update`."""
@@ -196,8 +235,19 @@ class KroneckerFisher:
     def _sums(self) -> list[Tensor]:
         return [s for stack in self._stacks for s in (stack.input_sums, stack.output_sums)] + self._inverses.sums()
 
+    def _has_sums(self) -> Tensor | bool:
+        """Whether there are sums of this batch, on any rank if they share it."""
+        if any(stack.called is not None for stack in self._stacks):
+            return torch.stack([stack.called.amax() > 0 for stack in self._stacks if stack.called is not None]).any()
+        return any(any(stack.begun) for stack in self._stacks)
+
     def _begun(self) -> list[list[bool]]:
         return [stack.begun for stack in self._stacks for _ in range(2)] + self._inverses.begun
+
+    def has_factors(self, layer: int) -> bool:
+        """Whether a batch of this layer is in the averages. Synchronises with the device."""
+        stack, row = self._at(layer)
+        return bool(stack.weight[row] > 0)
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
         """The debiased A, (blocks, s, s) or (inputs,), and B, (blocks, s, s), of a layer."""

@@ -1,6 +1,11 @@
-"""K-FAC over the ranks of ``torch.distributed``: averaged sums, inversions shared out by cost."""
+"""K-FAC over the ranks of a process group: the same layers, averaged sums, inversions shared out by cost."""
 
 from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -8,40 +13,93 @@ from torch import Tensor
 
 from mfac_kernels.fisher.kronecker import KroneckerFisher
 
-
-def _ranks() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def average_sums(fisher: KroneckerFisher) -> None:
-    """The mean of this batch's sums over the ranks that called a layer; a batch that one rank refuses, all refuse."""
-    if _ranks() == 1:
-        return
-    counts = fisher.batch_counts()
-    parts = [*counts, *fisher.batch_sums()]
-    flat = torch.cat([part.flatten() for part in parts])
-    dist.all_reduce(flat)
-    dist.all_reduce(fisher.refused, dist.ReduceOp.MAX)
-    _scatter(flat, parts)
-    fisher.share(counts)
+ProcessGroup = Any
+PATIENCE = timedelta(minutes=1)
+"""How long the first rank to make a preconditioner waits for the last."""
 
 
-def share_refresh(fisher: KroneckerFisher) -> None:
-    """Each rank inverts layers of about the same cost in all and sends them to the others."""
-    ranks = _ranks()
-    if ranks == 1:
-        fisher.refresh()
-        return
-    owner = _owners([fisher.refresh_cost(layer) for layer in range(len(fisher.shapes))], ranks)
-    mine = dist.get_rank()
-    fisher.refresh([layer for layer, rank in enumerate(owner) if rank == mine])
-    for rank in range(ranks):
-        parts = [t for layer, r in enumerate(owner) if r == rank for t in fisher.inverse_state(layer)]
-        if not parts:
-            continue
-        flat = torch.cat([t.flatten() for t in parts])
-        dist.broadcast(flat, rank)
+class Ranks:
+    """Those that share a batch: of the default group, of a group, or, with None, this one alone."""
+
+    def __init__(self, group: ProcessGroup | Literal["default"] | None) -> None:
+        self._group: ProcessGroup = None
+        on = dist.is_available() and dist.is_initialized()
+        named = group is not None and not isinstance(group, str)
+        if isinstance(group, str) and group != "default":
+            raise ValueError(f'process_group: expected "default", None or a group, got {group!r}')
+        if named and not (on and isinstance(group, dist.ProcessGroup)):
+            raise ValueError('process_group: expected "default", None or a group that this rank is in, got another')
+        if named:
+            self._group = group
+        self.count = dist.get_world_size(self._group) if on and group is not None else 1
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
+        return self
+
+    def check_layers(self, layers: Mapping[str, object]) -> None:
+        """RuntimeError unless all ranks have the same layers, given by name, each with what must be alike."""
+        if self.count == 1:
+            return
+        mine = {name: str(what) for name, what in layers.items()}
+        for rank, text in enumerate(self._exchange(json.dumps(mine))):
+            theirs = json.loads(text)
+            unlike = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+            if unlike or list(mine) != list(theirs):
+                name = unlike[0] if unlike else next(a for a, b in zip(mine, theirs, strict=True) if a != b)
+                raise RuntimeError(
+                    f"KFAC: expected the same layers on all ranks of the process group; of {name}, rank {self._rank} "
+                    f"has {mine.get(name, 'none')} and rank {rank} {theirs.get(name, 'none')}"
+                    + ("" if unlike else ", in another order")
+                )
+
+    def _exchange(self, text: str) -> list[str]:
+        """The texts of all ranks. RuntimeError if one does not come."""
+        store = dist.distributed_c10d._get_default_store()
+        group: ProcessGroup = self._group if self._group is not None else dist.group.WORLD
+        room = f"mfac_kernels/{group.group_name}"
+        made = store.add(f"{room}/{self._rank}", 1)  # a preconditioner of each rank for each of the others
+        keys = [f"{room}/{made}/{rank}" for rank in range(self.count)]
+        store.set(keys[self._rank], text)
+        for rank, key in enumerate(keys):
+            try:
+                store.wait([key], PATIENCE)
+            except RuntimeError:
+                raise RuntimeError(
+                    f"KFAC: expected one on each of the {self.count} ranks of the process group; rank {rank} has made "
+                    f"none in {PATIENCE.seconds} s. With process_group=None this rank is on its own"
+                ) from None
+        return [store.get(key).decode() for key in keys]
+
+    @property
+    def _rank(self) -> int:
+        return dist.get_rank(self._group)
+
+    def average_sums(self, fisher: KroneckerFisher) -> None:
+        """The mean of this batch's sums over the ranks that called a layer; what one rank refuses, all refuse."""
+        if self.count == 1:
+            return
+        counts = fisher.batch_counts()
+        parts = [*counts, *fisher.batch_sums()]
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat, group=self._group)
+        dist.all_reduce(fisher.refused, dist.ReduceOp.MAX, group=self._group)
         _scatter(flat, parts)
+        fisher.share(counts)
+
+    def share_refresh(self, fisher: KroneckerFisher) -> None:
+        """Each rank inverts layers of about the same cost in all and sends them to the others."""
+        if self.count == 1:
+            fisher.refresh()
+            return
+        owner = _owners([fisher.refresh_cost(layer) for layer in range(len(fisher.shapes))], self.count)
+        fisher.refresh([layer for layer, rank in enumerate(owner) if rank == self._rank])
+        for rank in range(self.count):
+            parts = [t for layer, r in enumerate(owner) if r == rank for t in fisher.inverse_state(layer)]
+            if not parts:
+                continue
+            flat = torch.cat([t.flatten() for t in parts])
+            dist.broadcast(flat, group=self._group, group_src=rank)
+            _scatter(flat, parts)
 
 
 def _scatter(flat: Tensor, parts: list[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,13 +13,14 @@ from torch import Tensor, nn
 from mfac_kernels.fisher._checks import positive_int
 from mfac_kernels.fisher._state import check_entries
 from mfac_kernels.fisher.kronecker import KroneckerFisher
-from mfac_kernels.preconditioners._distributed import average_sums, share_refresh
+from mfac_kernels.preconditioners._coverage import Coverage
+from mfac_kernels.preconditioners._distributed import ProcessGroup, Ranks
+from mfac_kernels.preconditioners._gathering import Gatherer, is_gathered
+from mfac_kernels.preconditioners._sizes import Counting, Gather, LossAverage
+from mfac_kernels.preconditioners._valid import Valid
 from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner, own_gradients
-from mfac_kernels.preconditioners.layers.base import Add, Approximation, Normalization, Options, Spatial
-from mfac_kernels.preconditioners.layers.find import ASKED, NOT_INCLUDED, SKIPPED, find_layers
-from mfac_kernels.preconditioners.layers.normalization import NormalizationLayer
-
-LossAverage = Literal["batch", "positions", "sum"]
+from mfac_kernels.preconditioners.layers.base import Approximation, Normalization, Options, Spatial
+from mfac_kernels.preconditioners.layers.find import ASKED, Names, find_layers
 
 
 class KFAC(Preconditioner):
@@ -105,6 +105,11 @@ class KFAC(Preconditioner):
         include: Sequence[str] | None = None,
         skip_layers: Sequence[str] = (),
         scaler: torch.amp.GradScaler | None = None,
+        gather: Gather = "train",
+        batch_size: int | None = None,
+        batch_dim: int = 0,
+        masked: bool = False,
+        process_group: ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
         super().__init__()
         _one_of("spatial", spatial, ("full", "sua"))
@@ -112,30 +117,50 @@ class KFAC(Preconditioner):
         _one_of("fisher_type", fisher_type, ("empirical", "mc"))
         _one_of("loss_average", loss_average, ("batch", "positions", "sum"))
         _one_of("normalization", normalization, ("unit", "diagonal", "skip"))
+        _one_of("gather", gather, ("train", "always"))
+        _one_of("batch_dim", batch_dim, (0, 1))
         if eigen_correction and spatial == "sua":
             raise ValueError('eigen_correction: expected spatial "full", got "sua"')
         self._model = model
         self.damping, self.factor_decay, self.kl_clip, self.lr = damping, factor_decay, kl_clip, lr
         self.factor_update_steps = positive_int("factor_update_steps", factor_update_steps)
         self.inv_update_steps = positive_int("inv_update_steps", inv_update_steps)
-        self.accumulation_steps = positive_int("accumulation_steps", accumulation_steps)
-        self.fisher_type, self.loss_average, self.scaler = fisher_type, loss_average, scaler
+        self.scaler = scaler
         input_block, output_block = group_size if isinstance(group_size, tuple) else (group_size, group_size)
-        options = Options(spatial, approximation, input_block, output_block)
-
-        def unwanted(name: str, module: nn.Module) -> str | None:
-            if include is not None and not any(fnmatch.fnmatchcase(name, pattern) for pattern in include):
-                return NOT_INCLUDED
-            return SKIPPED if any(fnmatch.fnmatchcase(name, p) for p in skip_layers) else None
-
-        self._layers, self.skipped_layers = find_layers(model, options, normalization, unwanted)
+        options = Options(spatial, approximation, input_block, output_block, masked)
+        names = Names(None if include is None else tuple(include), tuple(skip_layers))
+        self._layers, self.skipped_layers = find_layers(model, options, normalization, names)
         if not self._layers:
             raise ValueError(f"model: expected layers to precondition, found none; left alone: {self.skipped_layers}")
         unasked = {n: why for n, why in self.skipped_layers.items() if why not in ASKED}
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
             warnings.warn(f"KFAC leaves the gradients of these modules as they are: {listed}", stacklevel=2)
-        weight = self._layers[0].weight
+        twice = next((layer.title for layer in self._layers if is_gathered(layer.module)), None)
+        if twice is not None:
+            warnings.warn(
+                f"KFAC: another one is made for {twice}: both precondition its gradient unless remove_hooks() of the "
+                "first is called and its step() no longer",
+                stacklevel=2,
+            )
+        counting = Counting(
+            loss_average=loss_average,
+            sampled=fisher_type == "mc",
+            reduce=approximation == "reduce",
+            accumulation_steps=positive_int("accumulation_steps", accumulation_steps),
+            batch_size=None if batch_size is None else positive_int("batch_size", batch_size),
+            batch_dim=batch_dim,
+            gather=gather,
+        )
+        self._ranks = Ranks(process_group)
+        self._ranks.check_layers({layer.title: layer.shape for layer in self._layers})
+        weights = [layer.weight for layer in self._layers]
+        for layer in self._layers:
+            if layer.weight.device != weights[0].device:
+                raise ValueError(
+                    f"model: expected layers on one device, {weights[0].device}, got {layer.title} on "
+                    f"{layer.weight.device}"
+                )
         self.fisher = KroneckerFisher(
             [layer.shape for layer in self._layers],
             self._at_step("damping"),
@@ -143,15 +168,11 @@ class KFAC(Preconditioner):
             style=damping_style,
             pi_correction=pi_correction,
             eigen_correction=eigen_correction,
-            dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32,
-            device=weight.device,
+            dtype=torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32,
+            device=weights[0].device,
         )
-        self._sampling = False
-        self._calls = [_Calls() for _ in self._layers]
-        self._hooks = [
-            layer.module.register_forward_hook(_Capture(self, i), with_kwargs=True)
-            for i, layer in enumerate(self._layers)
-        ]
+        self._gatherer = Gatherer(model, self._layers, self.fisher, counting)
+        self._coverage = Coverage(model, self._layers, names, self._gatherer)
 
     # ---- gathering -------------------------------------------------------------------------------------------------
 
@@ -160,85 +181,74 @@ class KFAC(Preconditioner):
         """Whether backward passes before the next step gather factors."""
         return self.steps % self.factor_update_steps == 0
 
+    @property
+    def batch_size(self) -> int | None:
+        """As the argument; may be set before each batch."""
+        return self._gatherer.counting.batch_size
+
+    @batch_size.setter
+    def batch_size(self, size: int | None) -> None:
+        self._gatherer.counting.batch_size = None if size is None else positive_int("batch_size", size)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """As the argument; may be set between steps."""
+        return self._gatherer.counting.accumulation_steps
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, steps: int) -> None:
+        self._gatherer.counting.accumulation_steps = positive_int("accumulation_steps", steps)
+
     @contextmanager
     def sampling(self) -> Iterator[None]:
-        """Backward passes inside are those of labels drawn from the model: they give B and leave ``.grad`` as it was.
+        """Backward passes inside are those of labels drawn from the model: they leave ``.grad`` as it was.
 
         logits = model(x)
         with preconditioner.sampling():
             labels = torch.distributions.Categorical(logits=logits.detach()).sample()
             cross_entropy(logits, labels).backward(retain_graph=True)
         cross_entropy(logits, y).backward()
+
+        They give both factors. Of several through one forward pass A enters with the first, B with each.
         """
         parameters = list(self._model.parameters())
         gradients = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        self._sampling = True
+        self._gatherer.sampling = True
         try:
             yield
         finally:
-            self._sampling = False
+            self._gatherer.sampling = False
             for p, gradient in zip(parameters, gradients, strict=True):
                 p.grad = gradient
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward and backward passes inside give no factors: probes, penalties, the second pass of SAM."""
+        self._gatherer.paused += 1
+        try:
+            yield
+        finally:
+            self._gatherer.paused -= 1
+
+    def valid(self, mask: Tensor) -> None:
+        """The positions that count of the batch whose forward pass follows; until the next call or :meth:`step`.
+
+        mask: bool (samples, positions), False for padding and for targets that are ignored. Rows of both factors at
+        other positions are left out, and the numbers of positions (of samples, with ``loss_average="positions"``) are
+        those of valid ones. Layers with one position for each sample are not masked. A batch without a valid position
+        changes nothing; where the mask is not on the CPU it is counted as skipped.
+
+        Raises:
+            TypeError, ValueError: not such a mask; in the forward pass, a layer with other positions, or a convolution
+                of stride 1 without ``masked=True``.
+        """
+        self._gatherer.valid = Valid(mask, self.fisher.refused.device)
+
     def remove_hooks(self) -> None:
-        """Detach from the model."""
-        for hook in self._hooks:
-            hook.remove()
-
-    def _on_forward(self, i: int, x: Tensor, output: Tensor) -> None:
-        layer, calls = self._layers[i], self._calls[i]
-        if not (self.gathering and self._model.training and torch.is_grad_enabled() and output.requires_grad):
-            return
-        x = x.detach()
-        if not calls.begin(layer.positions(output)):
-            return
-        if not isinstance(layer, NormalizationLayer):
-            samples = len(x) * (layer.positions(output) if self.loss_average == "positions" else 1)
-            alpha = 1 / max(1, self.accumulation_steps * samples)
-            with torch.no_grad():
-                self.fisher.add_inputs(
-                    i, lambda total, beta: layer.add_inputs(total, x, Add(beta, alpha, self.refused))
-                )
-        # Inputs outlive the forward pass only where they are needed again.
-        kept = x if isinstance(layer, NormalizationLayer) or self.fisher.eigen_correction else None
-        samples = len(x)
-        output.register_hook(  # type: ignore[no-untyped-call]
-            lambda gradient: self._on_backward(i, samples, kept, gradient)
-        )
-
-    def _on_backward(self, i: int, samples: int, x: Tensor | None, gradient: Tensor) -> None:
-        if self._sampling != (self.fisher_type == "mc"):
-            return
-        layer, gradient = self._layers[i], gradient.detach()
-        positions = max(1, self._calls[i].end())
-        by_position = self.loss_average == "positions"
-        if by_position:  # those of this call count as samples
-            own = max(1, layer.positions(gradient))
-            samples, positions = samples * own, max(1, positions // own)
-        # With c what arrives here, g = steps N c for a mean and g = c for a sum; the sum over g g^T / (steps N S) is
-        # due.
-        steps = self.accumulation_steps * samples
-        scale = steps if self.loss_average != "sum" else 1 / max(1, steps)
-        with torch.no_grad():
-            if isinstance(layer, NormalizationLayer):
-                assert x is not None
-                rows = layer.block_rows(x, gradient, by_position)
-                self.fisher.add_inputs(
-                    i, lambda total, beta: layer.add_block(total, rows, Add(beta, scale, self.refused))
-                )
-            self.fisher.add_outputs(
-                i,
-                lambda total, beta: layer.add_outputs(total, gradient, Add(beta, scale / positions, self.refused)),
-            )
-            if self.fisher.eigen_correction and not isinstance(layer, NormalizationLayer):
-                assert x is not None
-                self.fisher.add_moments(i, *layer.rows(x, gradient), scale)
-
-    @property
-    def refused(self) -> Tensor:
-        return self.fisher.refused
+        """Detach from the model: it holds nothing of this preconditioner any more."""
+        self._gatherer.remove()
 
     # ---- the step --------------------------------------------------------------------------------------------------
 
@@ -253,15 +263,18 @@ class KFAC(Preconditioner):
         clip = self._clip()
         if not damping > 0:
             raise ValueError(f"damping: expected a positive number, got {damping}")
+        self._coverage.check_frozen()
         own_gradients(p for layer in self._layers for p in layer.module.parameters(recurse=False))
         self.fisher.damping, self.fisher.factor_decay = damping, decay
         if self.gathering:
-            average_sums(self.fisher)
+            self._coverage.warn(self._ranks.count > 1)
+            self._coverage.warn_of_sizes()
+            self._gatherer.finish()
+            self._ranks.average_sums(self.fisher)
             self.fisher.update(self._output_scale())
         if self.steps % self.inv_update_steps == 0:
-            share_refresh(self.fisher)
-        for calls in self._calls:
-            calls.reset()
+            self._ranks.share_refresh(self.fisher)
+        self._gatherer.begin()
         gradients = [layer.gradient() for layer in self._layers]
         updates = self.fisher.ihvp(gradients)
         if clip is not None:
@@ -270,6 +283,7 @@ class KFAC(Preconditioner):
         for layer, update in zip(self._layers, updates, strict=True):
             layer.assign(update)
         self.steps += 1
+        self._gatherer.active = self.gathering
 
     def _output_scale(self) -> Tensor | None:
         """1 / scale^2 of the loss, on the device."""
@@ -296,56 +310,26 @@ class KFAC(Preconditioner):
         return decay
 
     def diagnostics(self) -> dict[str, float]:
-        """steps; seen and skipped batches; what became of the blocks: :meth:`KroneckerFisher.diagnostics`."""
-        return {"steps": self.steps, **self.fisher.diagnostics()}
+        """steps; seen and skipped batches; layers_without_factors: how many have a gradient and no factors; what
+        became of the blocks: :meth:`KroneckerFisher.diagnostics`.
+        """
+        without = len(self._coverage.without_factors(self._ranks.count > 1))
+        return {"steps": self.steps, **self.fisher.diagnostics(), "layers_without_factors": without}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": self.steps, "fisher": self.fisher.state_dict()}
+        """Between backward passes and their step, with what they have gathered."""
+        return {"steps": self.steps, "fisher": self.fisher.state_dict(), "gathered": self._gatherer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_entries("state_dict", ("steps", "fisher"), state_dict)
+        check_entries("state_dict", ("steps", "fisher", "gathered"), state_dict)
         steps = int(state_dict["steps"])
+        self._gatherer.check_state_dict("state_dict['gathered']", state_dict["gathered"])
         self.fisher.load_state_dict(state_dict["fisher"])
+        self._gatherer.load_state_dict(state_dict["gathered"])
         self.steps = steps
+        self._gatherer.active = self.gathering
 
 
-class _Capture:
-    """A forward hook that ``torch.compile`` leaves to the interpreter."""
-
-    def __init__(self, preconditioner: KFAC, layer: int) -> None:
-        self.preconditioner, self.layer = preconditioner, layer
-
-    @torch.compiler.disable
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Tensor) -> None:
-        x = arguments[0] if arguments else next(iter(keywords.values()))
-        self.preconditioner._on_forward(self.layer, x, output)
-
-
-class _Calls:
-    """Positions of a sample over all calls of a module in one forward pass: they share its weights as positions do."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        self.positions, self.returned, self.recomputed = 0, False, True
-
-    def begin(self, positions: int) -> bool:
-        """Whether this call counts: not so if a backward pass repeats a call that has been counted (checkpointing)."""
-        in_backward = torch._C._current_graph_task_id() != -1
-        if in_backward and not self.recomputed:
-            return False
-        if self.returned and not in_backward:  # the backward pass of an earlier batch is behind us
-            self.reset()
-        self.positions += positions
-        self.recomputed = in_backward
-        return True
-
-    def end(self) -> int:
-        self.returned = True
-        return self.positions
-
-
-def _one_of(name: str, value: object, values: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, values: tuple[object, ...]) -> None:
     if value not in values:
-        raise ValueError(f"{name}: expected one of {', '.join(values)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}, got {value!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mfac_kernels.fisher.kronecker import KroneckerShape
+from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 
 Spatial = Literal["full", "sua"]
 Approximation = Literal["expand", "reduce"]
@@ -24,21 +25,54 @@ class Options:
     approximation: Approximation
     input_block: int | None
     output_block: int | None
+    masked: bool = False
 
 
 @dataclass
 class Add:
-    """How a batch enters a sum: sum <- beta sum + alpha rows; a batch that is not finite sets the flag instead."""
+    """How a call enters a sum: sum <- beta sum + alpha rows; one that is not finite sets the flag instead.
+
+    ``valid`` (samples, positions), 1 or 0 in floating point: the rows that count. ``factor`` (): multiplies alpha, on
+    the device, where it depends on how many do.
+    """
 
     beta: float
     alpha: float
     refused: Tensor
+    valid: Tensor | None = None
+    factor: Tensor | None = None
+
+    def weights(self, rows: Tensor) -> Tensor | None:
+        """Of each of rows (..., columns), whose leading dimensions are samples and positions."""
+        if self.valid is None:
+            return None
+        each = self.valid if self.factor is None else self.valid * self.factor
+        return each.reshape(rows.shape[:-1]).to(accumulated(rows.dtype))
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that rows are summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def valid_mean(rows: Tensor, how: Add) -> tuple[Tensor, Tensor]:
+    """The mean over the valid positions of rows (samples, positions, columns), and how many there are (samples,)."""
+    assert how.valid is not None
+    valid = how.valid.to(accumulated(rows.dtype))
+    count = valid.sum(1)
+    return (rows * valid[..., None]).sum(1) / count.clamp_min(1)[:, None], count
 
 
 class Layer(ABC):
-    """A module with a Kronecker-factored Fisher block. Inputs and output gradients have the samples first."""
+    """A module with a Kronecker-factored Fisher block. Inputs and output gradients have the samples first.
+
+    Attributes:
+        least_dims, most_dims: dimensions of inputs, the samples' among them.
+    """
 
     shape: KroneckerShape
+    least_dims: int = 2
+    most_dims: int | None = None
 
     def __init__(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
@@ -46,8 +80,30 @@ class Layer(ABC):
         self._has_bias = isinstance(bias, Tensor) and bias.requires_grad
 
     @abstractmethod
+    def position_shape(self, output: Tensor) -> tuple[int, ...]:
+        """Dimensions of an output, or of its gradient, that are positions."""
+
     def positions(self, output: Tensor) -> int:
         """Output positions of a sample."""
+        return math.prod(self.position_shape(output))
+
+    def samples_first(self, x: Tensor, dim: int) -> Tensor:
+        """An input, output or gradient, if dimension ``dim`` has the samples where a module leaves that open."""
+        return x
+
+    def unfit(self, x: object, output: object) -> str | None:
+        """Why a call cannot be counted."""
+        for name, value in (("input", x), ("output", output)):
+            if not isinstance(value, Tensor):
+                return f"expected a tensor as {name}, got {type(value).__name__}"
+            if value.is_nested or value.layout != torch.strided:
+                kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+                return f"expected a dense tensor as {name}, got a {kind} one"
+        assert isinstance(x, Tensor)
+        if x.dim() < self.least_dims or (self.most_dims is not None and x.dim() > self.most_dims):
+            dims = f"{self.least_dims}" if self.least_dims == self.most_dims else f"at least {self.least_dims}"
+            return f"expected inputs of {dims} dimensions, samples first, got shape {tuple(x.shape)}"
+        return None
 
     @abstractmethod
     def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None: ...
@@ -56,8 +112,13 @@ class Layer(ABC):
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None: ...
 
     @abstractmethod
-    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """Explicit rows, (groups, n, columns) and (groups, n, outputs), for the eigenvalue correction."""
+    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+        """For the eigenvalue correction; ``how.beta`` is not read."""
+
+    @property
+    def title(self) -> str:
+        """Its name for messages."""
+        return self.name or f"{type(self.module).__name__}, the model itself"
 
     @property
     def weight(self) -> Tensor:

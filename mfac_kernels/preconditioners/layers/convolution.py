@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfac_kernels import ops
-from mfac_kernels.fisher.kronecker import KroneckerShape, Lags
+from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape, Lags
 from mfac_kernels.ops import _conv_cost
-from mfac_kernels.preconditioners.layers.base import Add, Layer, Options
+from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
 
 CONVOLUTIONS = {nn.Conv1d: ops.conv1d_factor_, nn.Conv2d: ops.conv2d_factor_, nn.Conv3d: ops.conv3d_factor_}
 
@@ -36,12 +38,16 @@ class ConvLayer(Layer):
             output_block=None if grouped else options.output_block,
         )
         self.shape = replace(self.shape, lags=self._lags())
+        self.least_dims = self.most_dims = 2 + len(module.kernel_size)
         self._accumulate = next(op for kind, op in CONVOLUTIONS.items() if isinstance(module, kind))
 
-    def positions(self, output: Tensor) -> int:
-        return math.prod(output.shape[2:])
+    def position_shape(self, output: Tensor) -> tuple[int, ...]:
+        return tuple(output.shape[2:])
 
     def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
+        if how.valid is not None:
+            self._add_valid_inputs(total, x, how)
+            return
         if self.shape.lags is not None:
             ops.conv2d_lags_(
                 total,
@@ -85,6 +91,7 @@ class ConvLayer(Layer):
             or not 1 < shape.offsets <= _conv_cost.MOST_OFFSETS
             or len(module.kernel_size) > 2
             or shape.input_factor[0] != shape.groups
+            or self.options.masked
         ):
             return None
         if isinstance(module, nn.Conv1d):  # over images of height 1
@@ -93,7 +100,11 @@ class ConvLayer(Layer):
         return Lags(module.kernel_size, module.padding, module.dilation)
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        reduce = self.options.approximation == "reduce"  # of the mean over S: 1 / N of its square, 1 / (N S) asked for
+        if how.valid is not None:
+            rows, weights = self._reduced(self._output_rows(gradient), how, "mean")
+            alpha = how.alpha * self.positions(gradient) if self._reduces else how.alpha
+            _add_rows(total, rows, weights, Add(how.beta, alpha, how.refused))
+            return
         self._accumulate(
             total,
             gradient,
@@ -101,25 +112,71 @@ class ConvLayer(Layer):
             groups=self.module.groups,
             approximation=self.options.approximation,
             beta=how.beta,
-            alpha=how.alpha / self.positions(gradient) if reduce else how.alpha,
+            # Of the mean over S: 1 / N of its square, 1 / (N S) is asked for
+            alpha=how.alpha / self.positions(gradient) if self._reduces else how.alpha,
             check_finite=how.refused,
         )
 
-    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        module, dims = self.module, len(self.module.kernel_size)
+    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+        a, _ = self._reduced(self._patches(x).flatten(3), how, "sum")
+        g, weights = self._reduced(self._output_rows(gradient), how, "mean")
+        fisher.add_moments(layer, a, g, how.alpha, None if weights is None else weights[:, None])
+
+    @property
+    def _reduces(self) -> bool:
+        return self.options.approximation == "reduce"
+
+    def _add_valid_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
+        """From explicit patches: their kernels have no weights of rows."""
+        patches = self._patches(x)  # (groups, N, S, channels, offsets)
+        if self.options.spatial == "full":
+            _add_rows(total, *self._reduced(patches.flatten(3), how, "sum"), how)
+            return
+        # The mean over offsets of their own factors
+        for pixels in patches.unbind(4):
+            rows, weights = self._reduced(pixels, how, "sum")
+            _add_rows(total, rows, weights, Add(how.beta, how.alpha / self.shape.offsets, how.refused))
+            how = replace(how, beta=1.0)
+
+    def _patches(self, x: Tensor) -> Tensor:
+        """(groups, samples, positions, channels of a group, offsets), the bias not among them."""
+        module = self.module
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=_pad_mode(module))
-        for d in range(dims):
-            span = module.dilation[d] * (module.kernel_size[d] - 1) + 1
-            x = x.unfold(2 + d, span, module.stride[d])[..., :: module.dilation[d]]
+        for d, (size, stride, dilation) in enumerate(
+            zip(module.kernel_size, module.stride, module.dilation, strict=True)
+        ):
+            x = x.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
         # (N, channels, *positions, *offsets)
-        n, groups, s = len(x), module.groups, self.positions(gradient)
-        a = x.reshape(n, groups, self.shape.inputs, s, -1).permute(1, 0, 3, 2, 4).flatten(3)
-        g = gradient.reshape(n, groups, self.shape.outputs, s).permute(1, 0, 3, 2)
-        if self.shape.bias:
-            a = F.pad(a, (0, 1), value=1.0)
-        if self.options.approximation == "reduce":
-            a, g = a.sum(2, keepdim=True), g.mean(2, keepdim=True)
-        return a.flatten(1, 2), g.flatten(1, 2)
+        positions = math.prod(x.shape[2 : 2 + len(module.kernel_size)])
+        x = x.reshape(len(x), module.groups, self.shape.inputs, positions, self.shape.offsets)
+        return x.permute(1, 0, 3, 2, 4)
+
+    def _output_rows(self, gradient: Tensor) -> Tensor:
+        """(groups, samples, positions, outputs of a group)."""
+        rows = gradient.reshape(len(gradient), self.module.groups, self.shape.outputs, self.positions(gradient))
+        return rows.permute(1, 0, 3, 2)
+
+    def _reduced(self, rows: Tensor, how: Add, way: Literal["sum", "mean"]) -> tuple[Tensor, Tensor | None]:
+        """Rows (groups, samples, positions, columns) -> (groups, n, columns), weights (n,); sums are of inputs."""
+        if way == "sum" and self.shape.bias:
+            rows = F.pad(rows, (0, 1), value=1.0)
+        if not self._reduces:
+            weights = how.weights(rows[0])
+            return rows.flatten(1, 2), None if weights is None else weights.flatten()
+        if how.valid is None:
+            return (rows.sum(2) if way == "sum" else rows.mean(2)), None
+        parts = []
+        for part in rows:
+            mean, count = valid_mean(part, how)
+            parts.append(mean * count[:, None] if way == "sum" else mean)
+        weights = torch.ones_like(count) if how.factor is None else how.factor.to(count).expand_as(count)
+        return torch.stack(parts), weights.contiguous()
+
+
+def _add_rows(total: Tensor, rows: Tensor, weights: Tensor | None, how: Add) -> None:
+    """rows (groups, n, columns): to a factor of each group."""
+    for factor, own in zip([total] if len(rows) == 1 else total, rows, strict=True):
+        ops.linear_factor_(factor, own, weights=weights, beta=how.beta, alpha=how.alpha, check_finite=how.refused)
 
 
 def _pad_mode(module: nn.Module) -> str:

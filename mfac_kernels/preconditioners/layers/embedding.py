@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
-
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 
 from mfac_kernels import ops
-from mfac_kernels.fisher.kronecker import KroneckerShape
-from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, gradient_of
+from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, accumulated, gradient_of
 
 
 class EmbeddingLayer(Layer):
     """Rows: one-hot; positions: the indices of a sample. The gradient is the transpose of the weight's."""
 
     module: nn.Embedding
+    least_dims = 1
 
     def __init__(self, name: str, module: nn.Embedding, options: Options) -> None:
         super().__init__(name, module)
@@ -26,18 +25,44 @@ class EmbeddingLayer(Layer):
             diagonal=True,
         )
 
-    def positions(self, output: Tensor) -> int:
-        return math.prod(output.shape[1:-1])
+    def position_shape(self, output: Tensor) -> tuple[int, ...]:
+        return tuple(output.shape[1:-1])
+
+    def samples_first(self, x: Tensor, dim: int) -> Tensor:
+        return x.movedim(dim, 0) if dim < x.dim() - x.is_floating_point() else x  # the gradient has columns too
 
     def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
-        ops.embedding_factor_(total, x, padding_idx=self.module.padding_idx, beta=how.beta, alpha=how.alpha)
+        if how.valid is None:
+            ops.embedding_factor_(total, x, padding_idx=self.module.padding_idx, beta=how.beta, alpha=how.alpha)
+            return
+        each = how.valid if how.factor is None else how.valid * how.factor
+        weights = self._counted(x.flatten(), each.flatten().to(total.dtype))
+        counts = torch.zeros_like(total).index_put_((x.flatten(),), weights, accumulate=True)
+        if how.beta == 0:
+            total.zero_()
+        total.mul_(how.beta).add_(counts, alpha=how.alpha)
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        ops.linear_factor_(total, gradient, beta=how.beta, alpha=how.alpha, check_finite=how.refused)
+        ops.linear_factor_(
+            total,
+            gradient,
+            weights=how.weights(gradient),
+            beta=how.beta,
+            alpha=how.alpha,
+            check_finite=how.refused,
+        )
 
-    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        one_hot = F.one_hot(x.reshape(-1), self.shape.inputs).to(gradient.dtype)
-        return one_hot[None], gradient.reshape(1, -1, gradient.shape[-1])
+    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+        weights = how.weights(gradient)
+        if weights is None:
+            weights = gradient.new_ones(gradient.shape[:-1], dtype=accumulated(gradient.dtype))
+        weights = self._counted(x.flatten(), weights.flatten())
+        fisher.add_moments(layer, x.flatten(), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights[:, None])
+
+    def _counted(self, indices: Tensor, weights: Tensor) -> Tensor:
+        """Weights of indices, 0 for those that get no gradient."""
+        padding = self.module.padding_idx
+        return weights if padding is None else weights * (indices != padding)
 
     def gradient(self) -> Tensor:
         return gradient_of(self.weight).mT

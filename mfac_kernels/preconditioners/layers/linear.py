@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfac_kernels import ops
-from mfac_kernels.fisher.kronecker import KroneckerShape
-from mfac_kernels.preconditioners.layers.base import Add, Layer, Options
+from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
 
 
 class LinearLayer(Layer):
@@ -26,25 +24,56 @@ class LinearLayer(Layer):
             output_block=options.output_block,
         )
 
-    def positions(self, output: Tensor) -> int:
-        return math.prod(output.shape[1:-1])
+    def position_shape(self, output: Tensor) -> tuple[int, ...]:
+        return tuple(output.shape[1:-1])
+
+    def samples_first(self, x: Tensor, dim: int) -> Tensor:
+        return x.movedim(dim, 0) if dim < x.dim() - 1 else x
 
     def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
-        alpha = how.alpha
-        if self.approximation == "reduce" and x.dim() > 2:  # the sum over S positions, 1s too, is S times their mean
-            alpha *= self.positions(x) ** 2
-            x = x.flatten(1, -2).mean(1)
-        ops.linear_factor_(total, x, bias=self.shape.bias, beta=how.beta, alpha=alpha, check_finite=how.refused)
+        alpha, weights = how.alpha, None
+        if self._reduces(x):
+            positions, x = self.positions(x), x.flatten(1, -2)
+            if how.valid is None:  # the sum over S positions, 1s too, is S times their mean
+                alpha, x = alpha * positions**2, x.mean(1)
+            else:
+                x, count = valid_mean(x, how)
+                weights = count.square() if how.factor is None else count.square() * how.factor
+        else:
+            weights = how.weights(x)
+        ops.linear_factor_(
+            total, x, bias=self.shape.bias, weights=weights, beta=how.beta, alpha=alpha, check_finite=how.refused
+        )
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        alpha = how.alpha
-        if self.approximation == "reduce" and gradient.dim() > 2:
+        alpha, weights = how.alpha, None
+        if self._reduces(gradient):
             alpha *= self.positions(gradient)  # 1 / (N S) is asked for, 1 / N is due
-            gradient = gradient.flatten(1, -2).mean(1)
-        ops.linear_factor_(total, gradient, beta=how.beta, alpha=alpha, check_finite=how.refused)
+            gradient = gradient.flatten(1, -2)
+            if how.valid is None:
+                gradient = gradient.mean(1)
+            else:
+                gradient, count = valid_mean(gradient, how)
+                weights = None if how.factor is None else how.factor.to(count).expand_as(count).contiguous()
+        else:
+            weights = how.weights(gradient)
+        ops.linear_factor_(total, gradient, weights=weights, beta=how.beta, alpha=alpha, check_finite=how.refused)
 
-    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         a = F.pad(x, (0, 1), value=1.0) if self.shape.bias else x
-        if self.approximation == "reduce" and x.dim() > 2:
-            a, gradient = a.flatten(1, -2).sum(1), gradient.flatten(1, -2).mean(1)
-        return a.reshape(1, -1, a.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1])
+        weights = how.factor
+        if self._reduces(x):
+            a, gradient = a.flatten(1, -2), gradient.flatten(1, -2)
+            if how.valid is None:
+                a, gradient = a.sum(1), gradient.mean(1)
+            else:
+                (mean, count), (gradient, _) = valid_mean(a, how), valid_mean(gradient, how)
+                a = mean * count[:, None]
+        elif (each := how.weights(gradient)) is not None:
+            weights = each.reshape(-1, 1)
+        fisher.add_moments(
+            layer, a.reshape(1, -1, a.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights
+        )
+
+    def _reduces(self, x: Tensor) -> bool:
+        return self.approximation == "reduce" and x.dim() > 2

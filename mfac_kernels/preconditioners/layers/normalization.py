@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfac_kernels import ops
-from mfac_kernels.fisher.kronecker import KroneckerShape
+from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.preconditioners.layers.base import Add, Layer, gradient_of
 
 NORMALIZATIONS = (
@@ -31,13 +31,19 @@ class NormalizationLayer(Layer):
         super().__init__(name, module)
         parameters = 1 + (self.bias is not None)
         self.units = self.weight.numel()
+        # Of an input, the last ones that are units, or 0 where the second dimension alone is
+        self._unit_dims = self.weight.dim() if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 0
+        self.least_dims = 1 + max(1, self._unit_dims)
         self.per_unit = 1 if diagonal else parameters
         self.shape = KroneckerShape(
             outputs=1, inputs=self.per_unit, groups=self.units * parameters // self.per_unit, unit=True
         )
 
-    def positions(self, output: Tensor) -> int:
-        return output.numel() // max(1, len(output) * self.units)
+    def position_shape(self, output: Tensor) -> tuple[int, ...]:
+        return tuple(output.shape[1 : output.dim() - self._unit_dims] if self._unit_dims else output.shape[2:])
+
+    def samples_first(self, x: Tensor, dim: int) -> Tensor:
+        return x.movedim(dim, 0) if dim < x.dim() - self._unit_dims and self._unit_dims else x
 
     def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
         raise NotImplementedError("the block is known with the output gradient")
@@ -45,21 +51,21 @@ class NormalizationLayer(Layer):
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
         total.fill_(1.0)
 
-    def block_rows(self, x: Tensor, gradient: Tensor, by_position: bool) -> Tensor:
-        """(samples, groups * per_unit, 1): gradients of each sample, or of each position, from input and output's."""
+    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+        raise NotImplementedError("the block is dense: there is nothing to correct")
+
+    def add_block(self, total: Tensor, x: Tensor, gradient: Tensor, by_position: bool, how: Add) -> None:
+        """From the gradients of each sample, or of each position: products of input and output gradient."""
         parts = [gradient * self._normalized(x)]
         if self.bias is not None:
             parts.append(gradient)
-        rows = torch.stack([self._per_unit(part, by_position) for part in parts], -1)  # (N, units, parameters)
-        return rows.reshape(len(rows), -1, 1)
-
-    def add_block(self, total: Tensor, rows: Tensor, how: Add) -> None:
+        # (n, groups * per_unit, 1)
+        rows = torch.stack([self._per_unit(part, by_position, how.valid) for part in parts], -1).flatten(1)[..., None]
+        if how.factor is not None:
+            rows = rows * how.factor.sqrt().to(rows.dtype)
         ops.conv1d_factor_(
             total, rows, 1, groups=self.shape.groups, beta=how.beta, alpha=how.alpha, check_finite=how.refused
         )
-
-    def rows(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("the block is dense: there is nothing to correct")
 
     def gradient(self) -> Tensor:
         parts = [gradient_of(p).flatten() for p in (self.weight, self.bias) if p is not None]
@@ -90,10 +96,9 @@ class NormalizationLayer(Layer):
             eps=module.eps,
         )
 
-    def _per_unit(self, x: Tensor, by_position: bool) -> Tensor:
+    def _per_unit(self, x: Tensor, by_position: bool, valid: Tensor | None) -> Tensor:
         """(N, units), sums over positions; or (N * positions, units)."""
-        if isinstance(self.module, (nn.LayerNorm, nn.RMSNorm)):
-            each = x.reshape(len(x), -1, self.units)
-        else:
-            each = x.reshape(len(x), self.units, -1).mT
+        each = x.reshape(len(x), -1, self.units) if self._unit_dims else x.reshape(len(x), self.units, -1).mT
+        if valid is not None:
+            each = each * valid.reshape(*each.shape[:2], 1).to(each.dtype)
         return each.flatten(0, 1) if by_position else each.sum(1)
