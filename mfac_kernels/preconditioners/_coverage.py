@@ -49,14 +49,17 @@ class Coverage:
         """Once, in a step that has use for factors."""
         if self._warned:
             return
-        unsaid = [self._layers[i].title for i in self._gatherer.unfit]
-        names = [name for name in self.without_factors(shared) if name not in unsaid]
+        said = {self._layers[i].title for i in self._gatherer.unfit}
+        names = [name for name in self.without_factors(shared) if name not in said]
+        what = "KFAC leaves the gradients of these layers as they are, as it has no factors of them"
+        if not names and self._gatherer.idle:
+            names = [layer.title for layer in self._layers if layer.weight.grad is not None]
+            what = "KFAC saw no call of these layers in this step: their factors are those of earlier batches"
         if names:
             self._warned = True
             warnings.warn(
-                f"KFAC leaves the gradients of these layers as they are, as it has no factors of them: "
-                f'{", ".join(names)}. Calls are seen in training mode (or with gather="always"), of modules that the '
-                "model had, outside of torch.func, and under torch.compile if the first of them comes later",
+                f'{what}: {", ".join(names)}. Calls are seen in training mode (or with gather="always"), of modules '
+                "that the model had, outside of torch.func, and under torch.compile if the first of them comes later",
                 stacklevel=4,
             )
 

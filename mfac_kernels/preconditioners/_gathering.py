@@ -41,7 +41,7 @@ from mfac_kernels.preconditioners.layers.normalization import NormalizationLayer
 class Record:
     """A call of a layer, called with the gradient of its output. Does not keep the preconditioner alive."""
 
-    __slots__ = ("counts", "home", "layer", "node", "owner", "positions", "samples", "valid", "x")
+    __slots__ = ("__weakref__", "counts", "home", "layer", "node", "owner", "positions", "samples", "valid", "x")
 
     def __init__(self, owner: Gatherer, layer: int, node: Node, x: Saved, samples: int, positions: int) -> None:
         self.owner, self.layer, self.node = weakref.ref(owner), layer, node
@@ -68,6 +68,7 @@ class Gatherer:
         sampling, paused: inside the contexts of these names.
         valid: the mask of the batch.
         reached: which layers a pass has reached that computes their weight's gradient.
+        idle: no pass has reached a layer since the last step, and none was paused.
         unfit: why calls of a layer cannot be counted.
     """
 
@@ -90,6 +91,7 @@ class Gatherer:
         self._newest: list[Pass | None] = [None] * len(self._layers)
         self._earlier: dict[int, Tensor] = {}  # B of passes before the newest
         self.valid = None
+        self.idle = True
         if self.kept is not None:
             self.kept.clear()
         self._passes.reset()
@@ -112,6 +114,7 @@ class Gatherer:
         layer = self._layers[i]
         why = layer.unfit(x, output)
         if why is not None:
+            self.idle = False
             if i not in self.unfit:
                 self.unfit[i] = why
                 warnings.warn(f"KFAC leaves the gradient of {layer.title} as it is: {why}", stacklevel=2)
@@ -139,7 +142,7 @@ class Gatherer:
         wanted = self._wanted and not self.paused and self.sampling == self.counting.sampled and record.x is not None
         if current is None or not wanted or not computes(record.node):
             return
-        self.reached[record.layer] = True
+        self.reached[record.layer], self.idle = True, False
         if not record.counts or record.samples == 0 or record.positions == 0:
             return
         with torch.no_grad():

@@ -32,23 +32,32 @@ class KFAC(Preconditioner):
         preconditioner.step()
         optimizer.step()
 
-    Hooks gather the factors while the model is in training mode: A from the inputs of a layer, B from the gradients
-    of its outputs, both without forming patches. With N samples, S positions of a layer's output and g = N times the
-    gradient of the mean loss,
+    With N samples, S positions of a layer over all its calls and g = N times the gradient of the mean loss,
 
         expand   A = (1/N) sum_{n,s} a a^T                B = (1/(N S)) sum_{n,s} g g^T
         reduce   A = (1/N) sum_n (sum_s a)(sum_s a)^T     B = (1/N) sum_n (mean_s g)(mean_s g)^T
 
-    so that B (x) A is the expected Fisher block of the mean loss. A batch that is not finite (an overflow under a
-    GradScaler) changes nothing and is counted. Nothing in a step waits for the device, but for the eigenvalues of
-    ``damping_style="exact"``. What has seen no batch yet keeps its gradient.
+    so that B (x) A is the expected Fisher block of the mean loss. Neither forms patches.
+
+    A call of a layer in training mode enters both factors when a backward pass reaches its output, if that pass also
+    computes the gradient of the weight. So derivatives with respect to inputs are no part of the factors, nor are calls
+    whose outputs are dropped, and checkpoints change nothing; B has the whole gradient that arrives at an output, but
+    not what a penalty on derivatives sends to the weights by a way of its own. Calls of one pass share a sum, passes
+    before a step are averaged. Several passes through one forward pass are one, with a B of each: with
+    ``fisher_type="mc"`` A enters with the first pass of :meth:`sampling`. What trains the weights and is no training,
+    as the second pass of SAM, belongs inside :meth:`paused`.
+
+    A batch that is not finite (an overflow under a GradScaler) changes nothing and is counted; one without samples is
+    as if there were none. Nothing in a step waits for the device, but for the eigenvalues of ``damping_style="exact"``.
+    What has seen no batch yet keeps its gradient, and is named in one warning if it has one.
 
     Covered: Linear with any leading dimensions, Conv1d, Conv2d, Conv3d with any groups and padding, Embedding, and the
     normalization layers. What else is trained keeps its gradient; one warning lists it. Models under ``torch.compile``
-    work if the preconditioner is made before their first call.
+    work if the preconditioner is made before their first call. The model does not keep the preconditioner alive, and
+    its copies come without one.
 
     Args:
-        model: inputs and outputs of its modules have the samples in the first dimension.
+        model: inputs and outputs of its modules have the samples in the first dimension, or see ``batch_dim``.
         damping: > 0.
         factor_update_steps: gather factors every so many steps.
         inv_update_steps: invert them every so many steps.
@@ -66,12 +75,22 @@ class KFAC(Preconditioner):
         damping_style: ``"factored"``, or ``"exact"``: B (x) A + damping I, in the eigenbasis.
         eigen_correction: EKFAC: re-estimate the eigenvalues; needs ``damping_style="exact"``.
         loss_average: what the loss is: ``"batch"``, a mean over samples of sums over positions; ``"positions"``, a mean
-            over samples and positions, as of the tokens of a language model, which then count as samples; ``"sum"``.
+            over samples and positions, as of the tokens of a language model, which then count as samples (all of them,
+            unless :meth:`valid` says which); ``"sum"``.
         normalization: blocks of normalization layers: ``"unit"`` (2 x 2), ``"diagonal"`` or ``"skip"``.
         include: patterns (``fnmatch``) of the names of modules to precondition; None: all.
         skip_layers: patterns of those to leave alone.
         scaler: the ``torch.amp.GradScaler`` that scales the loss. Call ``scaler.unscale_(optimizer)`` before
             :meth:`step`.
+        gather: ``"train"``: from a model in training mode; ``"always"``: in evaluation mode too.
+        batch_size: N. None: the first dimension of a layer's inputs; where that is 1, or inputs are indices (S,), and
+            most layers have another, they are taken for shared by all samples and N for that of the others. Given, rows
+            that are not N count as positions.
+        batch_dim: 1: samples are in the second dimension of what linear layers, embeddings, LayerNorm and RMSNorm are
+            given. Convolutions and other normalization layers have them in the first.
+        masked: :meth:`valid` will be used with convolutions of stride 1, whose A then is not kept in compressed form.
+        process_group: the ranks that share a batch: ``"default"``, a group, or None for this rank alone. All of them
+            make a preconditioner of the same layers.
 
     damping, factor_decay, kl_clip and lr may be functions of the step.
 
@@ -79,7 +98,9 @@ class KFAC(Preconditioner):
     al., NeurIPS 2023.
 
     Raises:
-        TypeError, ValueError: an argument outside these ranges, a model without a layer to precondition.
+        TypeError, ValueError: an argument outside these ranges, a model without a layer to precondition, or with layers
+            on several devices.
+        RuntimeError: ranks of the process group have other layers, or none in a minute.
     """
 
     def __init__(
@@ -127,6 +148,8 @@ class KFAC(Preconditioner):
         self.inv_update_steps = positive_int("inv_update_steps", inv_update_steps)
         self.scaler = scaler
         input_block, output_block = group_size if isinstance(group_size, tuple) else (group_size, group_size)
+        if loss_average == "positions":
+            approximation = "expand"  # of samples that have one position each, both are the same
         options = Options(spatial, approximation, input_block, output_block, masked)
         names = Names(None if include is None else tuple(include), tuple(skip_layers))
         self._layers, self.skipped_layers = find_layers(model, options, normalization, names)
@@ -231,6 +254,7 @@ class KFAC(Preconditioner):
     def paused(self) -> Iterator[None]:
         """Forward and backward passes inside give no factors: probes, penalties, the second pass of SAM."""
         self._gatherer.paused += 1
+        self._gatherer.idle = False
         try:
             yield
         finally:
@@ -261,7 +285,8 @@ class KFAC(Preconditioner):
         """Precondition the gradients in place: those of modules that were not called stay zero or None.
 
         Raises:
-            ValueError: a hyper-parameter's function returned a value out of range. Nothing changes.
+            ValueError: a hyper-parameter's function returned a value out of range.
+            RuntimeError: a parameter that was frozen at construction is trained. Nothing changes in either case.
         """
         damping, decay = self._at_step("damping"), self._decay()
         clip = self._clip()

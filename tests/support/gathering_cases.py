@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import mfac_kernels as mk
 
 F64 = torch.float64
+EKFAC = {"damping_style": "exact", "eigen_correction": True, "inv_update_steps": 9}
 KINDS = ("linear", "sequence", "convolution", "strided")
 
 
@@ -66,6 +67,11 @@ def kfac(net: nn.Module, **options: Any) -> mk.KFAC:
 
 def factors(p: mk.KFAC) -> list[Tensor]:
     return [f for i in range(len(p._layers)) for f in p.fisher.factors(i)]
+
+
+def state(p: mk.KFAC) -> list[Tensor]:
+    """Averages, and moments if there are any, as they are now."""
+    return [t.clone() for t in [*factors(p), *getattr(p.fisher._inverses, "moments", [])]]
 
 
 def rows_of(module: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
