@@ -6,21 +6,27 @@ torch optimizer. ops: the kernels themselves. build_info, cpu_capability: what w
 
 from mfac_kernels import ops, pruning
 from mfac_kernels._library import build_info, cpu_capability
+from mfac_kernels.fisher.jacobian import JacobianProduct
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.fisher.static import StaticFisher
 from mfac_kernels.fisher.window import FisherWindow
+from mfac_kernels.preconditioners.coarse import CoarseSpace
 from mfac_kernels.preconditioners.kfac import KFAC
 from mfac_kernels.preconditioners.mfac import MFAC
+from mfac_kernels.preconditioners.two_level import TwoLevelKFAC
 
 __version__ = str(build_info()["version"])
 
 __all__ = [
     "KFAC",
     "MFAC",
+    "CoarseSpace",
     "FisherWindow",
+    "JacobianProduct",
     "KroneckerFisher",
     "KroneckerShape",
     "StaticFisher",
+    "TwoLevelKFAC",
     "__version__",
     "build_info",
     "cpu_capability",

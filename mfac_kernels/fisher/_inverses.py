@@ -299,16 +299,34 @@ def _nonzero(weight: Tensor) -> Tensor:
 
 
 def _eigh(factor: Tensor, width: int, vectors: Tensor) -> Tensor:
-    """Eigenvalues (layers, blocks, s) of the blocks of a factor of `width` rows; writes the eigenvectors.
+    """Eigenvalues (layers, blocks, s) of the blocks of a factor of `width` rows; writes the eigenvectors."""
+    values, basis = torch.linalg.eigh(_padding_last(factor, width))
+    vectors.copy_(basis)
+    clamped: Tensor = values.clamp_min(0)
+    return clamped
 
-    The padding of a ragged block is given the largest eigenvalues: its eigenvectors come last, as its rows do.
-    """
+
+def _padding_last(factor: Tensor, width: int) -> Tensor:
+    """The padding of a ragged block is given the largest eigenvalues: its eigenvectors come last, as its rows do."""
     padding = -width % factor.shape[-1]
     if padding:
         factor = factor.clone()
         diagonal = factor[:, -1].diagonal(dim1=-2, dim2=-1)
         diagonal[:, -padding:] = 2 * diagonal.sum(-1, keepdim=True) + 1
-    values, basis = torch.linalg.eigh(factor)
-    vectors.copy_(basis)
-    clamped: Tensor = values.clamp_min(0)
-    return clamped
+    return factor
+
+
+def smallest_eigenvectors(factor: Tensor, groups: int, width: int) -> Tensor:
+    """Of each group's part of a factor, of the block that has the smallest eigenvalue -> (layers, groups, width).
+
+    factor (layers, blocks, s, s), or (layers, width) if it is diagonal. The largest entry is positive.
+    """
+    if factor.dim() == 2:
+        return torch.nn.functional.one_hot(factor.argmin(1), width).to(factor.dtype)[:, None]
+    values, basis = torch.linalg.eigh(_padding_last(factor, width))
+    vectors: Tensor = basis[..., 0]  # (layers, blocks, s)
+    if groups == 1:
+        least = torch.nn.functional.one_hot(values[..., 0].argmin(1), values.shape[1])
+        vectors = (vectors * least[..., None]).flatten(1)[:, None, :width]
+    largest = vectors.gather(-1, vectors.abs().argmax(-1, keepdim=True))
+    return vectors * largest.sign()

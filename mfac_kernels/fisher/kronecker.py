@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mfac_kernels import ops
 from mfac_kernels.fisher._checks import index, positive_float
-from mfac_kernels.fisher._inverses import Eigenbases, FactoredInverses, Inverses
+from mfac_kernels.fisher._inverses import Eigenbases, FactoredInverses, Inverses, smallest_eigenvectors
 from mfac_kernels.fisher._layout import KroneckerShape, Lags, gather, spread
 from mfac_kernels.fisher._stack import Stack
 from mfac_kernels.fisher._state import check_entries, check_like, copy_into
@@ -285,6 +285,22 @@ class KroneckerFisher:
             zeros[layer] = unit.view(rows, columns)
             products.append(self.ihvp(zeros)[layer].flatten())
         return torch.stack(products)
+
+    @torch.no_grad()
+    def smallest_eigenvectors(self) -> list[Tensor]:
+        """For each layer the product of the eigenvectors that belong to the smallest eigenvalues of its averages B and
+        A, (groups * outputs, columns); of block-diagonal factors those of one block. Waits for the device.
+        """
+        results: list[Tensor] = [torch.empty(0)] * len(self.shapes)
+        for stack in self._stacks:
+            shape = stack.shape
+            of_inputs = smallest_eigenvectors(shape.expand(stack.inputs), shape.groups, shape.input_width)
+            of_outputs = smallest_eigenvectors(stack.outputs, shape.groups, shape.outputs)
+            products = of_outputs[..., None, None] * of_inputs[:, :, None, None]  # (layers, groups, outputs, 1, width)
+            rows = gather(shape, products.expand(-1, -1, -1, shape.uses, -1))
+            for layer, row in zip(stack.layers, rows, strict=True):
+                results[layer] = row
+        return results
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -85,6 +85,14 @@ class Ranks:
         dist.all_reduce(fisher.refused, dist.ReduceOp.MAX, group=self._group)
         _scatter(flat, parts)
         fisher.share(counts)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """The mean over the ranks, in place."""
+        if self.count == 1 or not tensors:
+            return
+        flat = torch.cat([t.flatten().to(torch.float64) for t in tensors])
+        dist.all_reduce(flat, group=self._group)
+        _scatter(flat / self.count, list(tensors))
 
     def share_refresh(self, fisher: KroneckerFisher) -> None:
         """Each rank inverts layers of about the same cost in all and sends them to the others."""

@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mfac_kernels.fisher._state import check_entries
 from mfac_kernels.fisher.kronecker import KroneckerFisher
+from mfac_kernels.preconditioners._fisher_batch import FisherBatch
 from mfac_kernels.preconditioners._passes import (
     Mark,
     Pass,
@@ -63,6 +64,7 @@ class Gatherer:
 
     Attributes:
         active: whether the next step has use for factors.
+        kept: where calls are kept until the step, whether factors are gathered or not; None: nowhere.
         sampling, paused: inside the contexts of these names.
         valid: the mask of the batch.
         reached: which layers a pass has reached that computes their weight's gradient.
@@ -73,6 +75,7 @@ class Gatherer:
     def __init__(self, model: nn.Module, layers: Sequence[Layer], fisher: KroneckerFisher, counting: Counting) -> None:
         self._model, self._layers, self.fisher, self.counting = model, list(layers), fisher, counting
         self.active, self.sampling, self.paused = True, False, 0
+        self.kept: FisherBatch | None = None
         self.valid: Valid | None = None
         self.reached = [False] * len(layers)
         self.unfit: dict[int, str] = {}
@@ -89,6 +92,8 @@ class Gatherer:
         self._earlier: dict[int, Tensor] = {}  # B of passes before the newest
         self.valid = None
         self.idle = True
+        if self.kept is not None:
+            self.kept.clear()
         self._passes.reset()
 
     # ---- hooks -----------------------------------------------------------------------------------------------------
@@ -104,7 +109,7 @@ class Gatherer:
 
     def on_forward(self, i: int, x: Any, output: Any) -> None:
         origin = self._passes.origin()
-        if not self.active or not (self._model.training or self.counting.gather == "always") or transformed():
+        if not self._wanted or not (self._model.training or self.counting.gather == "always") or transformed():
             return
         layer = self._layers[i]
         why = layer.unfit(x, output)
@@ -134,14 +139,33 @@ class Gatherer:
 
     def on_backward(self, record: Record, gradient: Tensor) -> None:
         current = self._passes.current()
-        wanted = self.active and not self.paused and self.sampling == self.counting.sampled and record.x is not None
+        wanted = self._wanted and not self.paused and self.sampling == self.counting.sampled and record.x is not None
         if current is None or not wanted or not computes(record.node):
             return
         self.reached[record.layer], self.idle = True, False
         if not record.counts or record.samples == 0 or record.positions == 0:
             return
         with torch.no_grad():
-            self._add(record, current, gradient.detach())
+            if self.active:
+                self._add(record, current, gradient.detach())
+            if self.kept is not None:
+                self._keep(self.kept, record, current, gradient.detach())
+
+    @property
+    def _wanted(self) -> bool:
+        return self.active or self.kept is not None
+
+    def _keep(self, kept: FisherBatch, record: Record, current: Pass, gradient: Tensor) -> None:
+        assert record.x is not None
+        kept.keep(
+            record.layer,
+            record.x.get(),
+            self._layers[record.layer].samples_first(gradient, self.counting.batch_dim),
+            self.sizes.samples(),
+            record.positions,
+            (record.home.setdefault(self._key, current), current),
+            None if record.valid is None else record.valid.fill,
+        )
 
     # ---- sums ------------------------------------------------------------------------------------------------------
 

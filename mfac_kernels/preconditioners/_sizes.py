@@ -58,7 +58,7 @@ class BatchSizes:
             self._calls[layer] = samples, positions
 
     def of_call(self, layer: int, samples: int, positions: int) -> Size:
-        whole = self._whole()
+        whole = self.samples()
         shared = self._is_shared(layer, samples, positions, whole)
         if shared:
             positions, samples = samples * positions, 1
@@ -73,7 +73,7 @@ class BatchSizes:
         """Layers whose inputs do not have N samples, and are not taken for shared by all. Each once."""
         if self._named or not self._calls:
             return {}
-        whole, found = self._whole(), {}
+        whole, found = self.samples(), {}
         for i, (samples, positions) in self._calls.items():
             layer = self._layers[i]
             if samples == whole or self._is_shared(i, samples, positions, whole):
@@ -85,7 +85,7 @@ class BatchSizes:
         self._named = bool(found)
         return found
 
-    def _whole(self) -> int:
+    def samples(self) -> int:
         """N: of most layers, the larger where they are even."""
         if self._counting.batch_size is not None:
             return self._counting.batch_size

@@ -202,6 +202,10 @@ class KFAC(Preconditioner):
     @property
     def gathering(self) -> bool:
         """Whether backward passes before the next step gather factors."""
+        return self._factors_due
+
+    @property
+    def _factors_due(self) -> bool:
         return self.steps % self.factor_update_steps == 0
 
     @property
@@ -290,25 +294,30 @@ class KFAC(Preconditioner):
             raise ValueError(f"damping: expected a positive number, got {damping}")
         self._coverage.check_frozen()
         own_gradients(p for layer in self._layers for p in layer.module.parameters(recurse=False))
+        gradients = [layer.gradient() for layer in self._layers]
         self.fisher.damping, self.fisher.factor_decay = damping, decay
-        if self.gathering:
+        if self._factors_due:
             self._coverage.warn(self._ranks.count > 1)
             self._coverage.warn_of_sizes()
             self._gatherer.finish()
             self._ranks.average_sums(self.fisher)
             self.fisher.update(self._output_scale())
-        if self.steps % self.inv_update_steps == 0:
+        refreshed = self.steps % self.inv_update_steps == 0
+        if refreshed:
             self._ranks.share_refresh(self.fisher)
+        updates = self._updates(gradients, refreshed)
         self._gatherer.begin()
-        gradients = [layer.gradient() for layer in self._layers]
-        updates = self.fisher.ihvp(gradients)
         if clip is not None:
             product = torch.stack([(u * g).sum() for u, g in zip(updates, gradients, strict=True)]).sum()
             torch._foreach_mul_(updates, (clip / product.clamp(min=0)).sqrt().clamp(max=1.0))
         for layer, update in zip(self._layers, updates, strict=True):
             layer.assign(update)
         self.steps += 1
-        self._gatherer.active = self.gathering
+        self._gatherer.active = self._factors_due
+
+    def _updates(self, gradients: list[Tensor], refreshed: bool) -> list[Tensor]:
+        """What becomes of the gradients, before ``kl_clip``; ``refreshed``: the inverses are new."""
+        return self.fisher.ihvp(gradients)
 
     def _output_scale(self) -> Tensor | None:
         """1 / scale^2 of the loss, on the device."""
@@ -352,7 +361,7 @@ class KFAC(Preconditioner):
         self.fisher.load_state_dict(state_dict["fisher"])
         self._gatherer.load_state_dict(state_dict["gathered"])
         self.steps = steps
-        self._gatherer.active = self.gathering
+        self._gatherer.active = self._factors_due
 
 
 def _one_of(name: str, value: object, values: tuple[object, ...]) -> None:

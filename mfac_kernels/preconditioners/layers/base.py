@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mfac_kernels.fisher.jacobian import LayerMap
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 
 Spatial = Literal["full", "sua"]
@@ -114,6 +115,14 @@ class Layer(ABC):
     @abstractmethod
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         """For the eigenvalue correction; ``how.beta`` is not read."""
+
+    def linear_map(self) -> LayerMap | None:
+        """The layer as a function of its parameters, for products with the exact Fisher matrix; None: it has none."""
+        return None
+
+    def map_inputs(self, x: Tensor) -> Tensor:
+        """What :meth:`linear_map` takes for the inputs x of a call that has just been made."""
+        return x
 
     @property
     def title(self) -> str:

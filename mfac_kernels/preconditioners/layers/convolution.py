@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape, Lags
 from mfac_kernels.ops import _conv_cost
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
+from mfac_kernels.preconditioners.layers.maps import ConvolutionMap
 
 CONVOLUTIONS = {nn.Conv1d: ops.conv1d_factor_, nn.Conv2d: ops.conv2d_factor_, nn.Conv3d: ops.conv3d_factor_}
 
@@ -121,6 +122,23 @@ class ConvLayer(Layer):
         a, _ = self._reduced(self._patches(x).flatten(3), how, "sum")
         g, weights = self._reduced(self._output_rows(gradient), how, "mean")
         fisher.add_moments(layer, a, g, how.alpha, None if weights is None else weights[:, None])
+
+    def linear_map(self) -> ConvolutionMap:
+        module = self.module
+        pad = tuple(module._reversed_padding_repeated_twice)
+        inside = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return ConvolutionMap(
+            outputs=module.out_channels,
+            channels=module.in_channels,
+            kernel_size=module.kernel_size,
+            stride=module.stride,
+            padding=cast(tuple[int, ...], module.padding) if inside else (0,) * len(module.kernel_size),
+            dilation=module.dilation,
+            groups=module.groups,
+            bias=self.shape.bias,
+            pad=() if inside else pad,
+            mode=_pad_mode(module),
+        )
 
     @property
     def _reduces(self) -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, accumulated, gradient_of
+from mfac_kernels.preconditioners.layers.maps import EmbeddingMap
 
 
 class EmbeddingLayer(Layer):
@@ -63,6 +64,9 @@ class EmbeddingLayer(Layer):
         """Weights of indices, 0 for those that get no gradient."""
         padding = self.module.padding_idx
         return weights if padding is None else weights * (indices != padding)
+
+    def linear_map(self) -> EmbeddingMap:
+        return EmbeddingMap(self.shape.outputs, self.shape.inputs, self.module.padding_idx)
 
     def gradient(self) -> Tensor:
         return gradient_of(self.weight).mT

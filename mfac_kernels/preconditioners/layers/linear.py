@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
+from mfac_kernels.preconditioners.layers.maps import LinearMap
 
 
 class LinearLayer(Layer):
@@ -74,6 +75,9 @@ class LinearLayer(Layer):
         fisher.add_moments(
             layer, a.reshape(1, -1, a.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights
         )
+
+    def linear_map(self) -> LinearMap:
+        return LinearMap(self.shape.outputs, self.shape.inputs, self.shape.bias)
 
     def _reduces(self, x: Tensor) -> bool:
         return self.approximation == "reduce" and x.dim() > 2

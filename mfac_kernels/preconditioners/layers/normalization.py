@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.preconditioners.layers.base import Add, Layer, gradient_of
+from mfac_kernels.preconditioners.layers.maps import ScaleMap
 
 NORMALIZATIONS = (
     nn.BatchNorm1d,
@@ -66,6 +67,13 @@ class NormalizationLayer(Layer):
         ops.conv1d_factor_(
             total, rows, 1, groups=self.shape.groups, beta=how.beta, alpha=how.alpha, check_finite=how.refused
         )
+
+    def linear_map(self) -> ScaleMap:
+        shape = self.shape.groups, self.per_unit
+        return ScaleMap(shape, self.units, self.bias is not None, self._unit_dims)
+
+    def map_inputs(self, x: Tensor) -> Tensor:
+        return self._normalized(x)
 
     def gradient(self) -> Tensor:
         parts = [gradient_of(p).flatten() for p in (self.weight, self.bias) if p is not None]

@@ -1,0 +1,154 @@
+"""The batch that the exact Fisher matrix is of: inputs and output gradients of every call, kept until the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mfac_kernels.fisher.jacobian import Call, JacobianProduct
+from mfac_kernels.preconditioners._passes import Pass
+from mfac_kernels.preconditioners._sizes import Counting
+from mfac_kernels.preconditioners.layers.base import Layer
+
+
+@dataclass
+class _Rows:
+    """Those of J that a pass has: ``scale`` of each, so that F is their weighted sum; a number or () on the device."""
+
+    first: int
+    samples: int
+    scale: float | Tensor
+
+
+class FisherBatch:
+    """Keeps what the passes of a step reach, and makes J of it.
+
+    With c what arrives as a sample's output gradient, g = steps N c for a mean and g = c for a sum, as for the factors.
+    The positions of a sample share a row: g a^T is summed over them, exactly as the sample's gradient is. With
+    ``loss_average="positions"`` a row is that of M / N terms of the loss, M the samples times the positions (the valid
+    ones) of the layer that a pass reaches first: F = M sum c c^T, the Fisher matrix where the terms are independent
+    given the inputs, as labels drawn from the model are.
+
+    A layer with a call that has not a row for each sample (its input is shared by all) is left out of the step.
+
+    Args:
+        fraction: of the samples of each pass that are kept, at least one.
+    """
+
+    def __init__(self, layers: Sequence[Layer], counting: Counting, fraction: float) -> None:
+        self._layers, self._counting, self.fraction = list(layers), counting, fraction
+        self.maps = [layer.linear_map() for layer in layers]
+        self.clear()
+
+    def clear(self) -> None:
+        self._calls: list[tuple[Call, int]] = []  # with the positions of a row of inputs
+        self._versions: list[tuple[Layer, Tensor, int]] = []
+        self._passes: dict[Pass, _Rows] = {}
+        self._homes: set[Pass] = set()
+        self._left_out: set[int] = set()
+
+    @property
+    def empty(self) -> bool:
+        return not self._calls
+
+    def keep(
+        self,
+        i: int,
+        x: Tensor,
+        gradient: Tensor,
+        samples: int,
+        positions: int,
+        passes: tuple[Pass, Pass],
+        fill: Tensor | None,
+    ) -> None:
+        """A call that a pass has reached.
+
+        ``samples``: N of the batch; ``passes``: the one that counts the call, and the present one; ``fill``: the share
+        of positions that are valid.
+        """
+        home, current = passes
+        layer, repeats = self._layers[i], len(x) // samples
+        if self.maps[i] is None or len(x) != samples * repeats or repeats == 0:
+            self._left_out.add(i)
+            return
+        kept = min(samples, math.ceil(self.fraction * samples))
+        rows = self._passes.get(current)
+        if rows is None:
+            rows = _Rows(self.samples, kept, self._scale(samples, kept, positions * repeats, fill))
+            self._passes[current] = rows
+        self._homes.add(home)
+        x = layer.map_inputs(x)
+        if kept < samples:  # copies: a view would hold the whole
+            x, gradient = x[: kept * repeats].clone(), gradient[: kept * repeats].clone()
+        self._versions += [(layer, tensor, tensor._version) for tensor in (x, gradient)]
+        self._calls.append((Call(i, x, gradient, rows.first, repeats), positions * repeats))
+
+    @property
+    def samples(self) -> int:
+        """Rows of J."""
+        return sum(rows.samples for rows in self._passes.values())
+
+    def present(self, device: torch.device) -> Tensor:
+        """(layers,): 1 where the step has all calls of a layer, else 0."""
+        called = {call.layer for call, _ in self._calls} - self._left_out
+        return torch.tensor([float(i in called) for i in range(len(self._layers))], device=device)
+
+    @property
+    def positions(self) -> list[int]:
+        """Of a sample, for each call of :meth:`jacobian`."""
+        return [positions for call, positions in self._calls if call.layer not in self._left_out]
+
+    def jacobian(self, output_scale: Tensor | None, dtype: torch.dtype, device: torch.device) -> JacobianProduct:
+        """J, whose weights make J^T diag(w) J the Fisher matrix of the mean loss, averaged over the passes.
+
+        Raises:
+            RuntimeError: inputs were written to since the forward pass.
+        """
+        for layer, tensor, version in self._versions:
+            if tensor._version != version:
+                raise RuntimeError(
+                    f"TwoLevelKFAC: the input of {layer.title}, or its output's gradient, was written to in place "
+                    "between its backward pass and step()"
+                )
+        parts = [
+            torch.as_tensor(rows.scale, dtype=torch.float64, device=device).expand(rows.samples)
+            for rows in self._passes.values()
+        ]
+        weights = torch.cat(parts) / len(self._homes) if parts else torch.zeros(0, dtype=torch.float64, device=device)
+        if output_scale is not None:
+            weights = weights * output_scale
+        maps = [_Nothing(_shape(layer)) if m is None else m for m, layer in zip(self.maps, self._layers, strict=True)]
+        calls = [call for call, _ in self._calls if call.layer not in self._left_out]
+        return JacobianProduct(maps, calls, weights=weights, samples=self.samples, dtype=dtype, device=device)
+
+    def _scale(self, samples: int, kept: int, positions: int, fill: Tensor | None) -> float | Tensor:
+        """Of a row, apart from the number of passes: the square of c's factor over the rows that there are."""
+        steps = self._counting.accumulation_steps
+        if self._counting.loss_average == "sum":
+            return 1 / kept
+        if not self._counting.by_position:
+            return (steps * samples) ** 2 / kept
+        scale = steps**2 * samples * positions * samples / kept
+        return scale if fill is None else scale * fill
+
+
+def _shape(layer: Layer) -> tuple[int, int]:
+    shape = layer.shape
+    return shape.groups * shape.outputs, shape.columns
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """The map of a layer without one: it has no calls."""
+
+    shape: tuple[int, int]
+
+    def forward(self, a: Tensor, block: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        raise NotImplementedError

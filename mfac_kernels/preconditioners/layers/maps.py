@@ -1,0 +1,161 @@
+"""Layers as linear functions of their parameters, laid out as K-FAC's gradients are: (rows, columns), the bias last."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ConvolutionMap", "EmbeddingMap", "LinearMap", "ScaleMap"]
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """a (n, ..., inputs) -> a W^T + b (n, ..., outputs); block (outputs, inputs + bias)."""
+
+    outputs: int
+    inputs: int
+    bias: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.outputs, self.inputs + self.bias
+
+    def forward(self, a: Tensor, block: Tensor) -> Tensor:
+        block = _distinct_rows(block)
+        return F.linear(a, block[:, : self.inputs], block[:, -1] if self.bias else None)
+
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        a, g = a.reshape(-1, self.inputs), g.reshape(-1, self.outputs)
+        block = a.new_empty(self.shape)
+        torch.mm(g.mT, a, out=block[:, : self.inputs])
+        if self.bias:
+            torch.sum(g, 0, out=block[:, -1])
+        return block
+
+
+@dataclass(frozen=True)
+class ConvolutionMap:
+    """a (n, channels, ...) -> its convolution; block (outputs, channels of a group * offsets + bias).
+
+    ``pad``: what is added around a beforehand, as :func:`torch.nn.functional.pad` takes it, with its ``mode``;
+    ``padding``: zeros that the convolution itself adds.
+    """
+
+    outputs: int
+    channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int = 1
+    bias: bool = False
+    pad: tuple[int, ...] = ()
+    mode: str = "constant"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.outputs, self.channels // self.groups * math.prod(self.kernel_size) + self.bias
+
+    def forward(self, a: Tensor, block: Tensor) -> Tensor:
+        if self.groups == 1:
+            block = _distinct_rows(block)
+        return torch.convolution(
+            self._padded(a),
+            self._weight(block),
+            block[:, -1].contiguous() if self.bias else None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            (0,) * len(self.stride),
+            self.groups,
+        )
+
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        _, weight, bias = torch.ops.aten.convolution_backward(
+            g,
+            self._padded(a),
+            a.new_empty(1).expand(self.outputs, self.channels // self.groups, *self.kernel_size),  # not read
+            [self.outputs] if self.bias else None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            (0,) * len(self.stride),
+            self.groups,
+            (False, True, self.bias),
+        )
+        matrix = weight.reshape(self.outputs, -1)
+        return torch.cat([matrix, bias[:, None]], 1) if self.bias else matrix
+
+    def _padded(self, a: Tensor) -> Tensor:
+        return F.pad(a, self.pad, mode=self.mode) if any(self.pad) else a
+
+    def _weight(self, block: Tensor) -> Tensor:
+        weight = block[:, :-1] if self.bias else block
+        return weight.reshape(len(block), self.channels // self.groups, *self.kernel_size)
+
+
+@dataclass(frozen=True)
+class EmbeddingMap:
+    """a (n, ...) indices -> their columns of the block (width, indices); ``padding_idx`` has a column of zeros."""
+
+    width: int
+    indices: int
+    padding_idx: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.width, self.indices
+
+    def forward(self, a: Tensor, block: Tensor) -> Tensor:
+        block = _distinct_rows(block)
+        rows = F.embedding(a, block.mT)
+        return rows if self.padding_idx is None else rows.masked_fill((a == self.padding_idx)[..., None], 0)
+
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        rows = g.new_zeros(self.indices, self.width)
+        rows.index_put_((a.reshape(-1),), g.reshape(-1, self.width), accumulate=True)
+        if self.padding_idx is not None:
+            rows[self.padding_idx] = 0
+        return rows.mT
+
+
+@dataclass(frozen=True)
+class ScaleMap:
+    """a, normalized inputs -> a scale + shift; the units are dimension 1, or the last ``unit_dims`` dimensions.
+
+    The block holds (units, parameters) in that order, in the shape that K-FAC's blocks have.
+    """
+
+    shape: tuple[int, int]
+    units: int
+    bias: bool = False
+    unit_dims: int = 0
+
+    def forward(self, a: Tensor, block: Tensor) -> Tensor:
+        scale, *shift = (self._spread(column, a) for column in block.reshape(self.units, -1).unbind(1))
+        return torch.addcmul(shift[0], a, scale) if shift else a * scale
+
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        columns = [self._sum(g * a), self._sum(g)] if self.bias else [self._sum(g * a)]
+        return torch.stack(columns, 1).reshape(self.shape)
+
+    def _spread(self, column: Tensor, a: Tensor) -> Tensor:
+        if self.unit_dims:
+            return column.view(a.shape[a.dim() - self.unit_dims :])
+        return column.view(-1, *[1] * (a.dim() - 2))
+
+    def _sum(self, x: Tensor) -> Tensor:
+        if self.unit_dims:
+            return x.reshape(-1, self.units).sum(0)
+        return x.reshape(len(x), self.units, -1).sum((0, 2))
+
+
+def _distinct_rows(block: Tensor) -> Tensor:
+    """One row, where all are the same memory: outputs that are alike are computed once."""
+    return block[:1] if block.stride(0) == 0 else block
