@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pruning_cases
 import pytest
 import torch
 import torch.nn.functional as F
+from pruning_cases import loss
 from torch import Tensor, nn
 
 import mfac_kernels as mk
@@ -12,19 +14,11 @@ from mfac_kernels.pruning import collect
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)).eval()
-
-
-def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
+    return pruning_cases.network(channels=3, classes=4)
 
 
 def batches(count: int = 3, size: int = 4) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, size, 1, 4, 4, generator=generator)
-    labels = torch.randint(4, (count, size), generator=generator)
-    return list(zip(images, labels, strict=True))
+    return pruning_cases.batches(count, size, classes=4)
 
 
 def by_backward(model: nn.Module, batch: object) -> Tensor:

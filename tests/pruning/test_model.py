@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pruning_cases
 import pytest
 import torch
-import torch.nn.functional as F
+from pruning_cases import loss
 from torch import Tensor, nn
 
 import mfac_kernels as mk
@@ -12,22 +13,14 @@ from mfac_kernels.pruning import collect, obs_prune, prune
 
 
 def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).eval()
+    return pruning_cases.network(channels=4, classes=5)
 
 
 PRUNABLE = ["0.weight", "4.weight"]
 
 
-def loss(model: nn.Module, batch: list[Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
 def batches(count: int = 3, size: int = 8) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, size, 1, 4, 4, generator=generator)
-    labels = torch.randint(5, (count, size), generator=generator)
-    return list(zip(images, labels, strict=True))
+    return pruning_cases.batches(count, size, classes=5)
 
 
 def flat(model: nn.Module) -> Tensor:

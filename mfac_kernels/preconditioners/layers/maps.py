@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,12 +68,7 @@ class ConvolutionMap:
             self._padded(a),
             self._weight(block),
             block[:, -1].contiguous() if self.bias else None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            (0,) * len(self.stride),
-            self.groups,
+            *self._geometry,
         )
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
@@ -81,16 +77,16 @@ class ConvolutionMap:
             self._padded(a),
             a.new_empty(1).expand(self.outputs, self.channels // self.groups, *self.kernel_size),  # not read
             [self.outputs] if self.bias else None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            False,
-            (0,) * len(self.stride),
-            self.groups,
+            *self._geometry,
             (False, True, self.bias),
         )
         matrix = weight.reshape(self.outputs, -1)
         return torch.cat([matrix, bias[:, None]], 1) if self.bias else matrix
+
+    @property
+    def _geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]:
+        """stride, padding, dilation, transposed, output padding, groups: what torch's convolutions end with."""
+        return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
 
     def _padded(self, a: Tensor) -> Tensor:
         return F.pad(a, self.pad, mode=self.mode) if any(self.pad) else a
