@@ -1,4 +1,4 @@
-"""The compressed form of a stride-1 convolution's factor (csrc/kronecker/lags.h): its size, the fakes of its ops."""
+"""The compressed form of a stride-1 convolution's factor (csrc/lags/form.h): its size, the fakes of its ops."""
 
 from __future__ import annotations
 
