@@ -17,7 +17,7 @@ class Basis:
     """R0: blocks of shape (kinds, layers), each a row, or with ``by_layer`` false each kind one; scaled to max 1.
 
     All products are with the scaled rows; a block that is zero, or of a layer that is not ``present`` (layers,), is
-    out. The scaled blocks are not formed.
+    out. The scaled blocks are not formed. ``finite`` (), on the device: whether all that are in are.
     """
 
     def __init__(self, blocks: Sequence[Blocks], present: Tensor, by_layer: bool) -> None:
@@ -26,6 +26,7 @@ class Basis:
         peaks = torch.where(present, peaks, 0)
         if not by_layer:
             peaks = torch.where(present, peaks.amax(1, keepdim=True), 0)
+        self.finite = peaks.isfinite().all()
         usable = peaks.isfinite() & (peaks > 0)
         self.scales = torch.where(usable, 1 / torch.where(usable, peaks, 1), 0)  # (kinds, layers)
 

@@ -193,7 +193,8 @@ class _Correction:
         self.columns = self.basis.columns([self.jacobian.layer_jvp(kind) for kind in self.basis.blocks])  # J R0^T
         exact = self.columns.mT @ (self.weights[:, None] * self.columns)
         ranks.average([exact])
-        self.matrix = CoarseMatrix(exact + self.damping * self.basis.gram())
+        matrix = exact + self.damping * self.basis.gram()
+        self.matrix = CoarseMatrix(torch.where(self.basis.finite, matrix, math.nan))
 
         base = self.update
         right = self.basis.dots(self.gradients)  # R0 g

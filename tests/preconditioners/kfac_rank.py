@@ -1,12 +1,13 @@
-"""One rank of test_kfac_distributed.py: python kfac_rank.py RANK RANKS RENDEZVOUS STYLE BAD_AT OUT.
+"""One rank of test_kfac_distributed.py: python kfac_rank.py RANK RANKS RENDEZVOUS OUT.
 
-BAD_AT: the step at which rank 0 has a batch that is not finite; -1: none; "rests": other ranks call half of a model.
+OUT gets what each case found, by name.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,15 @@ from torch import Tensor, nn
 import mfac_kernels as mk
 
 STEPS = 4
+STYLES = ["factored", "exact"]
+TWO_LEVEL = [  # a coarse space and a combination
+    "nicolaides,additive",
+    "residual,corrected",
+    "spectral,deflated",
+    "krylov_nicolaides,corrected",
+    "krylov_residual,balanced",
+    "tselepidis,corrected",
+]
 
 
 def build() -> nn.Sequential:
@@ -30,7 +40,11 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, style: str, rank: int, ranks: int, bad_at: int = -1) -> mk.KFAC:
-    p = mk.KFAC(model, 0.03, inv_update_steps=2, damping_style=style, kl_clip=1e-2)
+    """``bad_at``: the step at which rank 0 has a batch that is not finite."""
+    kind, options = mk.KFAC, {"damping_style": style}
+    if style in TWO_LEVEL:
+        kind, options = mk.TwoLevelKFAC, dict(zip(("coarse_space", "combination"), style.split(","), strict=True))
+    p = kind(model, 0.03, inv_update_steps=2, kl_clip=1e-2, **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     for step in range(STEPS):
         x, y = (part.chunk(ranks)[rank] for part in batch(step))
@@ -61,21 +75,24 @@ def factors_of_half_a_model(rank: int, style: str) -> list[Tensor]:
     return [f for i in range(2) for f in p.fisher.factors(i)] + getattr(p.fisher._inverses, "moments", [])
 
 
-def main(rank: int, ranks: int, rendezvous: str, style: str, bad_at: str, out: str) -> None:
+def joint(rank: int, ranks: int, style: str, bad_at: int = -1) -> dict[str, Any]:
+    model = nn.parallel.DistributedDataParallel(build())
+    p = train(model, style, rank, ranks, bad_at)
+    return {"weights": [q.detach() for q in model.parameters()], **p.diagnostics()}
+
+
+def main(rank: int, ranks: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
-    if bad_at == "rests":
-        torch.save(factors_of_half_a_model(rank, style), out)
-        dist.barrier()
-        os._exit(0)
-    model = nn.parallel.DistributedDataParallel(build())
-    p = train(model, style, rank, ranks, int(bad_at))
-    weights = [q.detach() for q in model.parameters()]
-    torch.save({"weights": weights, "seen": p.fisher.seen, "skipped": p.fisher.skipped}, out)
+    found = {
+        **{style: joint(rank, ranks, style) for style in (*STYLES, *TWO_LEVEL)},
+        **{f"{style}, refused": joint(rank, ranks, style, bad_at=1) for style in ("factored", "residual,corrected")},
+        **{f"{style}, rests": factors_of_half_a_model(rank, style) for style in STYLES},
+    }
+    torch.save(found, out)
     dist.barrier()
     os._exit(0)  # the destructors of torch's process groups and reducers now and then wait for each other
 
 
 if __name__ == "__main__":
-    rank, ranks, rendezvous, style, bad_at, out = sys.argv[1:]
-    main(int(rank), int(ranks), rendezvous, style, bad_at, out)
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -1,4 +1,4 @@
-"""KFAC under DistributedDataParallel: two real processes (gloo) take the step that one takes on the joint batch."""
+"""KFAC, of one level and of two, under DistributedDataParallel: two processes (gloo) take the step of one."""
 
 from __future__ import annotations
 
@@ -18,41 +18,49 @@ kfac_rank = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(kfac_rank)
 
 
-def run_two(folder: Path, style: str, bad_at: int | str = -1) -> list[Any]:
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found in each case of kfac_rank.py."""
+    folder = tmp_path_factory.mktemp("ranks")
     outs = [folder / f"rank{rank}.pt" for rank in range(2)]
     ranks = [
-        subprocess.Popen([sys.executable, RANK, str(rank), "2", folder / "rendezvous", style, str(bad_at), out])
+        subprocess.Popen([sys.executable, RANK, str(rank), "2", folder / "rendezvous", out])
         for rank, out in enumerate(outs)
     ]
     try:
-        assert [rank.wait(120) for rank in ranks] == [0, 0]
+        assert [rank.wait(300) for rank in ranks] == [0, 0]
     finally:
         for rank in ranks:
             rank.kill()
     return [torch.load(out) for out in outs]
 
 
-@pytest.mark.parametrize("style", ["factored", "exact"])
-def test_two_processes_equal_one_on_the_joint_batch(style, tmp_path):
+@pytest.mark.parametrize("style", [*kfac_rank.STYLES, *kfac_rank.TWO_LEVEL])
+def test_two_processes_equal_one_on_the_joint_batch(style, found):
     alone = kfac_rank.build()
-    kfac_rank.train(alone, style, 0, 1)
-    for rank in run_two(tmp_path, style):
-        assert (rank["seen"], rank["skipped"]) == (kfac_rank.STEPS, 0)
-        for got, want in zip(rank["weights"], alone.parameters(), strict=True):
-            torch.testing.assert_close(got, want.detach(), rtol=1e-9, atol=1e-11)
+    p = kfac_rank.train(alone, style, 0, 1)
+    for rank in found:
+        got = rank[style]
+        assert (got["seen"], got["skipped"], got.get("coarse_fallbacks", 0)) == (kfac_rank.STEPS, 0, 0)
+        if style in kfac_rank.TWO_LEVEL:
+            assert got["coarse_gain"] == pytest.approx(p.diagnostics()["coarse_gain"], rel=1e-7)
+        for weight, want in zip(got["weights"], alone.parameters(), strict=True):
+            torch.testing.assert_close(weight, want.detach(), rtol=1e-9, atol=1e-11)
 
 
-def test_a_batch_that_one_rank_refuses_all_refuse(tmp_path):
-    first, second = run_two(tmp_path, "factored", bad_at=1)
+@pytest.mark.parametrize("style", ["factored", "residual,corrected"])
+def test_a_batch_that_one_rank_refuses_all_refuse(style, found):
+    first, second = (rank[f"{style}, refused"] for rank in found)
     for a, b in zip(first["weights"], second["weights"], strict=True):
         assert torch.equal(a, b)
     assert all((rank["seen"], rank["skipped"]) == (kfac_rank.STEPS - 1, 1) for rank in (first, second))
+    assert first.get("coarse_fallbacks") == second.get("coarse_fallbacks") == (None if style == "factored" else 1)
 
 
-@pytest.mark.parametrize("style", ["factored", "exact"])
-def test_a_layer_that_one_rank_does_not_call(style, tmp_path):
+@pytest.mark.parametrize("style", kfac_rank.STYLES)
+def test_a_layer_that_one_rank_does_not_call(style, found):
     """Its sums are those of the ranks that call it, on all of them."""
-    first, second = run_two(tmp_path, style, "rests")
+    first, second = (rank[f"{style}, rests"] for rank in found)
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a, b)
     inputs, resting = first[0], first[2]
