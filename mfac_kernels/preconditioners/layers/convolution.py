@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfac_kernels import ops
+from mfac_kernels.fisher._convolution import factor_op, input_factor_
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape, Lags
 from mfac_kernels.ops import _conv_cost
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
 from mfac_kernels.preconditioners.layers.maps import ConvolutionMap
-
-CONVOLUTIONS = {nn.Conv1d: ops.conv1d_factor_, nn.Conv2d: ops.conv2d_factor_, nn.Conv3d: ops.conv3d_factor_}
 
 
 class ConvLayer(Layer):
@@ -40,7 +39,7 @@ class ConvLayer(Layer):
         )
         self.shape = replace(self.shape, lags=self._lags())
         self.least_dims = self.most_dims = 2 + len(module.kernel_size)
-        self._accumulate = next(op for kind, op in CONVOLUTIONS.items() if isinstance(module, kind))
+        self._accumulate = factor_op(module)
 
     def position_shape(self, output: Tensor) -> tuple[int, ...]:
         return tuple(output.shape[2:])
@@ -61,18 +60,10 @@ class ConvLayer(Layer):
                 check_finite=how.refused,
             )
             return
-        padding: str | tuple[int, ...] = self.module.padding
-        if self.module.padding_mode != "zeros":
-            x = F.pad(x, self.module._reversed_padding_repeated_twice, mode=self.module.padding_mode)
-            padding = 0  # type: ignore[assignment]
-        self._accumulate(
+        input_factor_(
+            self.module,
             total,
             x,
-            self.module.kernel_size,
-            stride=self.module.stride,
-            padding=padding,
-            dilation=self.module.dilation,
-            groups=self.module.groups,
             bias=self.shape.bias,
             spatial=self.options.spatial,
             approximation=self.options.approximation,
