@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -98,7 +100,7 @@ def test_torch_prune_there_and_back():
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_files(suffix, tmp_path):
-    if suffix == "safetensors":
+    if suffix == "safetensors" and not os.environ.get("CI"):  # where it has to be there
         pytest.importorskip("safetensors")
     own, path = masks(), tmp_path / f"masks.{suffix}"
     own.save(path)
