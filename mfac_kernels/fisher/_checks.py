@@ -12,6 +12,8 @@ from mfac_kernels.ops._checks import FLOATS
 
 
 def _int(name: str, value: object) -> int:
+    if type(value) is int:  # a protocol is slow to ask
+        return value
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     return value.__index__()

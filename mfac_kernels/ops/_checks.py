@@ -20,7 +20,8 @@ _NAMES = {
 
 def check(condition: bool, message: str) -> None:
     """Raise RuntimeError(message) unless condition holds."""
-    torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
+    if condition is not True:  # a symbolic one, or False
+        torch._check(condition, lambda: message)  # type: ignore[no-untyped-call]
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ an element for the lags counts as 150.
 
 from __future__ import annotations
 
+import functools
 import math
 
 from torch import Tensor
@@ -50,7 +51,12 @@ def runs_on(x: Tensor) -> bool:
 
 def of(x: Tensor, geometry: Geometry, groups: int, *, expanded: bool) -> dict[str, float]:
     """The cost of each way for a group of x (N, C, spatial...); expanded: compressed forms become factors at once."""
-    samples, channels, image = x.shape[0], x.shape[1] // groups, x.shape[2:]
+    return _of(tuple(x.shape), Geometry(*map(tuple, geometry)), groups, expanded)
+
+
+@functools.lru_cache(1024)
+def _of(shape: tuple[int, ...], geometry: Geometry, groups: int, expanded: bool) -> dict[str, float]:
+    samples, channels, image = shape[0], shape[1] // groups, shape[2:]
     c = -(-channels // _VECTOR) * _VECTOR
     pairs = c * (c + min(c, _PANEL)) / 2
     offsets, positions, lagged, inner, frequencies = geometry.offsets, 1, 1, 1, 1

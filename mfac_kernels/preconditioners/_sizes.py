@@ -51,11 +51,13 @@ class BatchSizes:
     def __init__(self, layers: Sequence[Layer], counting: Counting) -> None:
         self._layers, self._counting = layers, counting
         self._calls: dict[int, tuple[int, int]] = {}  # samples, positions of a layer's last one
+        self._most: int | None = None  # samples of most of them; None: not known yet
         self._named = False
 
     def note(self, layer: int, samples: int, positions: int) -> None:
-        if samples * positions > 0:
-            self._calls[layer] = samples, positions
+        size = samples, positions
+        if samples * positions > 0 and self._calls.get(layer) != size:
+            self._calls[layer], self._most = size, None
 
     def of_call(self, layer: int, samples: int, positions: int) -> Size:
         whole = self.samples()
@@ -89,8 +91,10 @@ class BatchSizes:
         """N: of most layers, the larger where they are even."""
         if self._counting.batch_size is not None:
             return self._counting.batch_size
-        counts = Counter(samples for samples, _ in self._calls.values())
-        return max(counts, key=lambda samples: (counts[samples], samples), default=1)
+        if self._most is None:
+            counts = Counter(samples for samples, _ in self._calls.values())
+            self._most = max(counts, key=lambda samples: (counts[samples], samples), default=1)
+        return self._most
 
     def _is_shared(self, layer: int, samples: int, positions: int, whole: int) -> bool:
         if samples == whole:
