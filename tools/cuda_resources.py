@@ -19,7 +19,9 @@ demangled = subprocess.run(["c++filt"], input="\n".join(row[0] for row in found)
 names = demangled.stdout.splitlines()
 print("| kernel | architecture | registers | shared memory, bytes | stack frame, bytes |\n|---|---|---|---|---|")
 for name, (_, architecture, stack, _, registers, shared) in sorted(zip(names, found, strict=True)):
-    short = re.sub(r"^void |mfac_kernels::|\(anonymous namespace\)::", "", name).split("(")[0]
+    # without namespaces and the casts that c++filt puts before values of template arguments: (bool)1
+    short = re.sub(r"^void |mfac_kernels::|\(anonymous namespace\)::|\([\w:]+\)(?=\d)", "", name)
+    short = short.split("(")[0]
     print(f"| {short} | {architecture} | {registers} | {shared} | {stack} |")
 if any((row[2], row[3]) != ("0", "0") for row in found):
     sys.exit("a kernel spills registers or has a stack frame")
