@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils.checkpoint
-from gathering_cases import KINDS, Net, assert_same, batch, factors, kfac, loss_of
+from gathering_cases import KINDS, Net, assert_same, batch, factors, gathering, kfac, loss_of
 from torch import Tensor, nn
 
 import mfac_kernels as mk
@@ -66,13 +66,10 @@ def plainly(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def test_checkpoints_leave_the_factors_as_they_are(way, kind, calls, k):
     net, found = Net(kind, calls), []
     for through in (plainly, WAYS[way]):
-        p = kfac(net, accumulation_steps=k)
-        for i in range(k):
-            (loss_of(net(batch(kind, seed=i), through)) / k).backward()
-        p.step()
-        found.append(factors(p))
+        with gathering(found, net, accumulation_steps=k) as p:
+            for i in range(k):
+                (loss_of(net(batch(kind, seed=i), through)) / k).backward()
         assert p.fisher.seen == 1
-        p.remove_hooks()
     assert_same(*found)
 
 
@@ -80,13 +77,11 @@ def test_checkpoints_leave_the_factors_as_they_are(way, kind, calls, k):
 def test_a_part_of_the_calls_is_checkpointed(kind):
     net, x, found = Net(kind, 3), batch(kind), []
     for part in (False, True):
-        p, count = kfac(net, accumulation_steps=2), iter(range(6))
-        for _ in range(2):
-            y = net(x, lambda f, x: reentrant(f, x) if part and next(count) % 2 else f(x))  # noqa: B023
-            (loss_of(y) / 2).backward()
-        p.step()
-        found.append(factors(p))
-        p.remove_hooks()
+        count = iter(range(6))
+        with gathering(found, net, accumulation_steps=2):
+            for _ in range(2):
+                y = net(x, lambda f, x: reentrant(f, x) if part and next(count) % 2 else f(x))  # noqa: B023
+                (loss_of(y) / 2).backward()
     assert_same(*found)
 
 
@@ -97,16 +92,13 @@ def test_sampled_labels(way, kind, calls):
     """A backward pass for each unit vector of the output: they sum to the Gauss-Newton matrix. The real one is none."""
     net, x, found = Net(kind, calls), batch(kind), []
     for through in (plainly, WAYS[way]):
-        p = kfac(net, fisher_type="mc", accumulation_steps=2)
-        for _ in range(2):
-            output = net(x, through)
-            with p.sampling():
-                for k in range(min(4, output[0].numel())):
-                    (output.flatten(1)[:, k].sum() / len(x) / 2).backward(retain_graph=True)
-            loss_of(output).backward()
-        p.step()
-        found.append(factors(p))
-        p.remove_hooks()
+        with gathering(found, net, fisher_type="mc", accumulation_steps=2) as p:
+            for _ in range(2):
+                output = net(x, through)
+                with p.sampling():
+                    for k in range(min(4, output[0].numel())):
+                        (output.flatten(1)[:, k].sum() / len(x) / 2).backward(retain_graph=True)
+                loss_of(output).backward()
     assert_same(*found)
 
 
@@ -114,13 +106,10 @@ def test_sampled_labels(way, kind, calls):
 def test_several_losses_through_one_forward_pass(way):
     net, found = Net("linear", 2), []
     for through in (plainly, WAYS[way]):
-        p = kfac(net)
-        output = net(batch("linear"), through)
-        loss_of(output, 1).backward(retain_graph=True)
-        loss_of(output, 2).backward()
-        p.step()
-        found.append(factors(p))
-        p.remove_hooks()
+        with gathering(found, net):
+            output = net(batch("linear"), through)
+            loss_of(output, 1).backward(retain_graph=True)
+            loss_of(output, 2).backward()
     assert_same(*found)
 
 
@@ -129,21 +118,18 @@ def test_probes_through_checkpoints(way):
     """A paused pass repeats the calls of a forward pass that was not paused, and the other way round."""
     net, x, found = Net("linear", 2), batch("linear"), []
     for probed in (False, True):
-        p = kfac(net)
-        output = net(x, WAYS[way])
-        if probed:
-            with p.paused():
-                output.sum().backward(retain_graph=True)
-            if way != "reentrant":  # which has no torch.autograd.grad
-                torch.autograd.grad(output.sum(), x, retain_graph=True)
-        loss_of(output).backward()
-        if probed:
-            with p.paused():
-                output = net(2 * x, WAYS[way])
-                output.sum().backward()
-        p.step()
-        found.append(factors(p))
-        p.remove_hooks()
+        with gathering(found, net) as p:
+            output = net(x, WAYS[way])
+            if probed:
+                with p.paused():
+                    output.sum().backward(retain_graph=True)
+                if way != "reentrant":  # which has no torch.autograd.grad
+                    torch.autograd.grad(output.sum(), x, retain_graph=True)
+            loss_of(output).backward()
+            if probed:
+                with p.paused():
+                    output = net(2 * x, WAYS[way])
+                    output.sum().backward()
     assert_same(*found)
 
 

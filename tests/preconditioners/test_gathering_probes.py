@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from gathering_cases import KINDS, Net, assert_same, batch, factors, kfac, loss_of, plain
+from gathering_cases import KINDS, Net, assert_same, batch, factors, gathering, kfac, loss_of, plain
 from torch import Tensor
 
 import mfac_kernels as mk
@@ -184,15 +184,12 @@ def test_paused_passes_are_none(kind):
 def test_the_second_pass_of_sam(kind):
     net, x, found = Net(kind), batch(kind), []
     for sharp in (False, True):
-        p = kfac(net)
-        net.zero_grad()
-        loss_of(net(x)).backward()
-        if sharp:
-            with p.paused():
-                loss_of(net(x), 4).backward()
-        p.step()
-        found.append(factors(p))
-        p.remove_hooks()
+        with gathering(found, net) as p:
+            net.zero_grad()
+            loss_of(net(x)).backward()
+            if sharp:
+                with p.paused():
+                    loss_of(net(x), 4).backward()
     assert_same(*found)
 
 

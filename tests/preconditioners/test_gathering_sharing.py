@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from gathering_cases import F64, KINDS, Net, assert_same, batch, factors, kfac, loss_of, plain, seeded
+from gathering_cases import F64, KINDS, Net, assert_same, batch, factors, gathering, kfac, loss_of, plain, seeded
 from torch import nn
 
 import mfac_kernels as mk
@@ -64,16 +64,13 @@ def test_passes_of_all_losses_at_once_and_each_on_its_own(kind, k):
     net = Net(kind, 2)
     found = []
     for apart in (False, True):
-        p = kfac(net, accumulation_steps=k)
-        for i in range(k):
-            output = net(batch(kind, seed=i))
-            first = loss_of(output) / k
-            first.backward(retain_graph=apart)
-            if apart:
-                (0 * output.sum()).backward()
-        p.step()
-        found.append(factors(p))
-        p.remove_hooks()
+        with gathering(found, net, accumulation_steps=k):
+            for i in range(k):
+                output = net(batch(kind, seed=i))
+                first = loss_of(output) / k
+                first.backward(retain_graph=apart)
+                if apart:
+                    (0 * output.sum()).backward()
     assert_same(*found)
 
 
@@ -82,13 +79,10 @@ def test_passes_of_all_losses_at_once_and_each_on_its_own(kind, k):
 def test_a_sum_and_a_mean_have_the_same_factors(kind, calls):
     net, x, found = Net(kind, calls), batch(kind), []
     for average in ("batch", "sum"):
-        p = kfac(net, loss_average=average, accumulation_steps=2)
-        for _ in range(2):
-            loss = loss_of(net(x))
-            (loss / 2 if average == "batch" else loss * len(x)).backward()
-        p.step()
-        found.append(factors(p))
-        p.remove_hooks()
+        with gathering(found, net, loss_average=average, accumulation_steps=2):
+            for _ in range(2):
+                loss = loss_of(net(x))
+                (loss / 2 if average == "batch" else loss * len(x)).backward()
     assert_same(*found)
 
 
@@ -98,12 +92,9 @@ def test_a_sum_and_a_mean_have_the_same_factors(kind, calls):
 def test_equal_passes_are_one(kind, calls, approximation):
     net, x, found = Net(kind, calls), batch(kind), []
     for k in (1, 3):
-        p = kfac(net, accumulation_steps=k, approximation=approximation)
-        for _ in range(k):
-            (loss_of(net(x)) / k).backward()
-        p.step()
-        found.append(factors(p))
-        p.remove_hooks()
+        with gathering(found, net, accumulation_steps=k, approximation=approximation):
+            for _ in range(k):
+                (loss_of(net(x)) / k).backward()
     assert_same(*found)
 
 

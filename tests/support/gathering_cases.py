@@ -6,7 +6,8 @@ B = (1/(N S)) sum g g^T, g = N times the gradient of the mean loss; passes are a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,6 +68,16 @@ def kfac(net: nn.Module, **options: Any) -> mk.KFAC:
 
 def factors(p: mk.KFAC) -> list[Tensor]:
     return [f for i in range(len(p._layers)) for f in p.fisher.factors(i)]
+
+
+@contextmanager
+def gathering(found: list[list[Tensor]], net: nn.Module, **options: Any) -> Iterator[mk.KFAC]:
+    """K-FAC for the passes of one step; its factors are appended to ``found``."""
+    p = kfac(net, **options)
+    yield p
+    p.step()
+    found.append(factors(p))
+    p.remove_hooks()
 
 
 def state(p: mk.KFAC) -> list[Tensor]:
