@@ -16,6 +16,7 @@ from mfac_kernels.training.optimizers import (
     MFACConfig,
     OptimizerConfig,
     SGDConfig,
+    TwoLevelConfig,
 )
 from mfac_kernels.training.report import format_table, write_grid, write_report
 from mfac_kernels.training.results import Comparison, Evaluation, RunResult
@@ -33,6 +34,7 @@ __all__ = [
     "OptimizerConfig",
     "RunResult",
     "SGDConfig",
+    "TwoLevelConfig",
     "build_model",
     "compare",
     "evaluate",

@@ -16,8 +16,8 @@ from mfac_kernels.training.results import TAIL, Comparison, RunResult
 
 __all__ = ["format_settings", "format_table", "plot_curves", "write_grid", "write_report"]
 
-_COLOURS = {"sgd": "#4477aa", "mfac": "#cc3311", "kfac": "#228833"}
-_MARKERS = {"sgd": "o", "mfac": "s", "kfac": "^"}
+_COLOURS = {"sgd": "#4477aa", "mfac": "#cc3311", "kfac": "#228833", "kfac-two-level": "#aa3377"}
+_MARKERS = {"sgd": "o", "mfac": "s", "kfac": "^", "kfac-two-level": "v"}
 
 
 def format_table(comparison: Comparison, *, settings: bool = False) -> str:

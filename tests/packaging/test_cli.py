@@ -70,14 +70,16 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for module in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(module)
     out = tmp_path / "demo"
-    command = f"train --data digits --steps 5 --optimizers sgd --batch-size 32 --out {out}"
+    command = f"train --data digits --steps 5 --optimizers sgd,mfac,kfac,kfac-two-level --batch-size 32 --out {out}"
     assert cli.main([*command.split(), "--seed", "3", "--threads", "1"]) == 0
     assert {path.name for path in out.iterdir()} == {"results.json", "report.md", "curves.png"}
     content = json.loads((out / "results.json").read_text())
     assert content["seed"] == 3
     assert content["threads"] == 1
-    assert content["steps"] == len(content["runs"][0]["losses"]) == 5
-    assert "| SGD " in capsys.readouterr().out
+    assert [run["optimizer"] for run in content["runs"]] == ["sgd", "mfac", "kfac", "kfac-two-level"]
+    assert all(len(run["losses"]) == content["steps"] == 5 for run in content["runs"])
+    shown = capsys.readouterr().out
+    assert all(f"| {label} " in shown for label in ("SGD", "M-FAC", "K-FAC", "two-level K-FAC"))
 
 
 def test_train_with_a_grid(tmp_path: Path) -> None:
