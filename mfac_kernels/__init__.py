@@ -10,6 +10,7 @@ from mfac_kernels.fisher.jacobian import JacobianProduct
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.fisher.static import StaticFisher
 from mfac_kernels.fisher.window import FisherWindow
+from mfac_kernels.preconditioners import layers
 from mfac_kernels.preconditioners.coarse import CoarseSpace
 from mfac_kernels.preconditioners.kfac import KFAC
 from mfac_kernels.preconditioners.mfac import MFAC
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "build_info",
     "cpu_capability",
+    "layers",
     "ops",
     "pruning",
 ]

@@ -8,7 +8,8 @@ from torch import nn
 
 from mfac_kernels.preconditioners._gathering import Gatherer
 from mfac_kernels.preconditioners.layers.base import Layer
-from mfac_kernels.preconditioners.layers.find import KINDS, Names, frozen_parameters
+from mfac_kernels.preconditioners.layers.find import Names, frozen_parameters
+from mfac_kernels.preconditioners.layers.kinds import kind_of
 
 
 class Coverage:
@@ -39,7 +40,7 @@ class Coverage:
             and not (shared and self._gatherer.fisher.has_factors(i))
         ]
         for name, module in self._model.named_modules():
-            if module in self._known or not isinstance(module, KINDS) or self._names.unwanted(name) is not None:
+            if module in self._known or kind_of(module) is None or self._names.unwanted(name) is not None:
                 continue
             if any(p.grad is not None for p in module.parameters(recurse=False)):
                 names.append(name)

@@ -81,7 +81,7 @@ class FisherBatch:
             rows = _Rows(self.samples, kept, self._scale(samples, kept, positions * repeats, fill))
             self._passes[current] = rows
         self._homes.add(home)
-        x = layer.map_inputs(x)
+        x = layer.features(x)
         if kept < samples:  # copies: a view would hold the whole
             x, gradient = x[: kept * repeats].clone(), gradient[: kept * repeats].clone()
         self._versions += [(layer, tensor, tensor._version) for tensor in (x, gradient)]

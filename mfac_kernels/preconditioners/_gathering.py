@@ -191,7 +191,7 @@ class Gatherer:
         block = isinstance(layer, NormalizationLayer)
         corrected = fisher.eigen_correction and not block
         assert record.x is not None
-        x = self._in_dtype(record.x.get()) if first or block or corrected else None
+        x = layer.features(self._in_dtype(record.x.get())) if first or block or corrected else None
 
         if isinstance(layer, NormalizationLayer):
             assert x is not None

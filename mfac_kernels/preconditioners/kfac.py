@@ -19,8 +19,9 @@ from mfac_kernels.preconditioners._gathering import Gatherer, is_gathered
 from mfac_kernels.preconditioners._sizes import Counting, Gather, LossAverage
 from mfac_kernels.preconditioners._valid import Valid
 from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner, own_gradients
-from mfac_kernels.preconditioners.layers.base import Approximation, Normalization, Options, Spatial
+from mfac_kernels.preconditioners.layers.base import Approximation, Layer, Normalization, Options, Spatial
 from mfac_kernels.preconditioners.layers.find import ASKED, Names, find_layers
+from mfac_kernels.preconditioners.layers.kinds import register
 
 
 class KFAC(Preconditioner):
@@ -150,9 +151,9 @@ class KFAC(Preconditioner):
         input_block, output_block = group_size if isinstance(group_size, tuple) else (group_size, group_size)
         if loss_average == "positions":
             approximation = "expand"  # of samples that have one position each, both are the same
-        options = Options(spatial, approximation, input_block, output_block, masked)
+        options = Options(spatial, approximation, input_block, output_block, masked, normalization)
         names = Names(None if include is None else tuple(include), tuple(skip_layers))
-        self._layers, self.skipped_layers = find_layers(model, options, normalization, names)
+        self._layers, self.skipped_layers = find_layers(model, options, names)
         if not self._layers:
             raise ValueError(f"model: expected layers to precondition, found none; left alone: {self.skipped_layers}")
         unasked = {n: why for n, why in self.skipped_layers.items() if why not in ASKED}
@@ -196,6 +197,37 @@ class KFAC(Preconditioner):
         )
         self._gatherer = Gatherer(model, self._layers, self.fisher, counting)
         self._coverage = Coverage(model, self._layers, names, self._gatherer)
+
+    @staticmethod
+    def register(kind: type[nn.Module] | str, layer: type[Layer]) -> None:
+        """Let modules of a class, and of classes derived from it, be layers of a kind.
+
+            class Scaled(nn.Module):
+                def __init__(self, inputs, outputs):
+                    super().__init__()
+                    self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+                def forward(self, x):
+                    return x * self.weight.shape[1] ** -0.5 @ self.weight.T
+
+            class ScaledLayer(mk.layers.LinearLayer):
+                def features(self, x):  # what the weight multiplies
+                    return x * self.weight.shape[1] ** -0.5
+
+            mk.KFAC.register(Scaled, ScaledLayer)
+
+        The kinds that come with the package are registered in the same way, and may be registered anew. Derive from the
+        one that is nearest and override what differs: ``weight_name``, ``bias_name``; :meth:`Layer.features`;
+        :meth:`Layer.part`, where the weight is stored in another order.
+
+        Args:
+            kind: the class, or its name as ``"package.module.Class"``, which then need not be imported.
+            layer: a class derived from :class:`mk.layers.Layer`.
+
+        Raises:
+            TypeError: not such a class.
+        """
+        register(kind, layer)
 
     # ---- gathering -------------------------------------------------------------------------------------------------
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from mfac_kernels.fisher.jacobian import LayerMap
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
@@ -27,6 +29,7 @@ class Options:
     input_block: int | None
     output_block: int | None
     masked: bool = False
+    normalization: Normalization = "unit"
 
 
 @dataclass
@@ -68,17 +71,47 @@ class Layer(ABC):
     """A module with a Kronecker-factored Fisher block. Inputs and output gradients have the samples first.
 
     Attributes:
+        weight_name, bias_name: of the module's parameters.
         least_dims, most_dims: dimensions of inputs, the samples' among them.
     """
 
+    weight_name: ClassVar[str] = "weight"
+    bias_name: ClassVar[str] = "bias"
     shape: KroneckerShape
     least_dims: int = 2
     most_dims: int | None = None
 
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name, self.module = name, module
-        bias = getattr(module, "bias", None)
+    def __init__(self, name: str, module: nn.Module, options: Options) -> None:
+        self.name, self.module, self.options = name, module, options
+        bias = getattr(module, self.bias_name, None)
         self._has_bias = isinstance(bias, Tensor) and bias.requires_grad
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, options: Options) -> Sequence[Layer] | str:
+        """The layers that a module is, or why it is none."""
+        return cls.unusable(module) or [cls(name, module, options)]
+
+    @classmethod
+    def unusable(cls, module: nn.Module) -> str | None:
+        """Why a module's weight can have no factors."""
+        weight = getattr(module, cls.weight_name, None)
+        if weight is None:
+            return f"it has no {cls.weight_name}"
+        if isinstance(weight, UninitializedParameter):
+            return "its weight has no shape yet: call the model once before"
+        if not isinstance(weight, nn.Parameter):
+            return "its weight is computed from other parameters"
+        if not weight.requires_grad:
+            return "its weight is not trained"
+        return None if weight.is_floating_point() else f"expected a real weight, got {weight.dtype}"
+
+    def part(self, p: Tensor) -> Tensor:
+        """What of a parameter, or of its gradient, is this layer's, with the outputs first: a view."""
+        return p
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the weight multiplies, of an input."""
+        return x
 
     @abstractmethod
     def position_shape(self, output: Tensor) -> tuple[int, ...]:
@@ -120,10 +153,6 @@ class Layer(ABC):
         """The layer as a function of its parameters, for products with the exact Fisher matrix; None: it has none."""
         return None
 
-    def map_inputs(self, x: Tensor) -> Tensor:
-        """What :meth:`linear_map` takes for the inputs x of a call that has just been made."""
-        return x
-
     @property
     def title(self) -> str:
         """Its name for messages."""
@@ -131,31 +160,32 @@ class Layer(ABC):
 
     @property
     def weight(self) -> Tensor:
-        weight = self.module.weight
+        weight = getattr(self.module, self.weight_name)
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The bias, if it was trained when the layer was made."""
-        bias = self.module.bias if self._has_bias else None
+        bias = getattr(self.module, self.bias_name) if self._has_bias else None
         return bias if isinstance(bias, Tensor) else None
 
     def gradient(self) -> Tensor:
         """(groups * outputs, columns); zero where there is none."""
-        parts = [gradient_of(self.weight).flatten(1)]
+        parts = [self.part(gradient_of(self.weight)).flatten(1)]
         if self.shape.bias:
             assert self.bias is not None
-            parts.append(gradient_of(self.bias)[:, None])
+            parts.append(self.part(gradient_of(self.bias))[:, None])
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     def assign(self, matrix: Tensor) -> None:
         """Overwrite the gradients that there are."""
         weight = matrix[:, : matrix.shape[1] - self.shape.bias]
         if self.weight.grad is not None:
-            self.weight.grad.copy_(weight.reshape(self.weight.shape))
+            own = self.part(self.weight.grad)
+            own.copy_(weight.reshape(own.shape))
         if self.shape.bias and self.bias is not None and self.bias.grad is not None:
-            self.bias.grad.copy_(matrix[:, -1])
+            self.part(self.bias.grad).copy_(matrix[:, -1])
 
 
 def gradient_of(parameter: Tensor) -> Tensor:

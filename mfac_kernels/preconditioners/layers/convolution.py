@@ -24,8 +24,7 @@ class ConvLayer(Layer):
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
     def __init__(self, name: str, module: nn.Conv1d | nn.Conv2d | nn.Conv3d, options: Options) -> None:
-        super().__init__(name, module)
-        self.options = options
+        super().__init__(name, module, options)
         grouped = module.groups > 1
         self.shape = KroneckerShape(
             outputs=module.out_channels // module.groups,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
-from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, accumulated, gradient_of
+from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, accumulated
 from mfac_kernels.preconditioners.layers.maps import EmbeddingMap
 
 
@@ -18,13 +20,21 @@ class EmbeddingLayer(Layer):
     least_dims = 1
 
     def __init__(self, name: str, module: nn.Embedding, options: Options) -> None:
-        super().__init__(name, module)
+        super().__init__(name, module, options)
         self.shape = KroneckerShape(
             outputs=module.embedding_dim,
             inputs=module.num_embeddings,
             output_block=options.output_block,
             diagonal=True,
         )
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, options: Options) -> Sequence[Layer] | str:
+        unlike = [n for n in ("sparse", "scale_grad_by_freq", "max_norm") if getattr(module, n)]
+        return f"{unlike[0]} is set" if unlike else super().of(name, module, options)
+
+    def part(self, p: Tensor) -> Tensor:
+        return p.mT
 
     def position_shape(self, output: Tensor) -> tuple[int, ...]:
         return tuple(output.shape[1:-1])
@@ -67,10 +77,3 @@ class EmbeddingLayer(Layer):
 
     def linear_map(self) -> EmbeddingMap:
         return EmbeddingMap(self.shape.outputs, self.shape.inputs, self.module.padding_idx)
-
-    def gradient(self) -> Tensor:
-        return gradient_of(self.weight).mT
-
-    def assign(self, matrix: Tensor) -> None:
-        if self.weight.grad is not None:
-            self.weight.grad.copy_(matrix.mT)

@@ -1,4 +1,4 @@
-"""Linear layers."""
+"""Linear layers, their weights stored either way round."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mfac_kernels.preconditioners.layers.maps import LinearMap
 class LinearLayer(Layer):
     """Rows: the last dimension; positions: those between it and the samples."""
 
-    def __init__(self, name: str, module: nn.Linear, options: Options) -> None:
-        super().__init__(name, module)
-        self.approximation = options.approximation
+    def __init__(self, name: str, module: nn.Module, options: Options) -> None:
+        super().__init__(name, module, options)
+        outputs, inputs = self.part(self.weight).shape
         self.shape = KroneckerShape(
-            outputs=module.out_features,
-            inputs=module.in_features,
+            outputs=outputs,
+            inputs=inputs,
             bias=self.bias is not None,
             input_block=options.input_block,
             output_block=options.output_block,
@@ -80,4 +80,11 @@ class LinearLayer(Layer):
         return LinearMap(self.shape.outputs, self.shape.inputs, self.shape.bias)
 
     def _reduces(self, x: Tensor) -> bool:
-        return self.approximation == "reduce" and x.dim() > 2
+        return self.options.approximation == "reduce" and x.dim() > 2
+
+
+class TransposedLinearLayer(LinearLayer):
+    """A linear layer whose weight is stored (inputs, outputs), as that of the transformers library's Conv1D."""
+
+    def part(self, p: Tensor) -> Tensor:
+        return p.movedim(-1, 0)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
-from mfac_kernels.preconditioners.layers.base import Add, Layer, gradient_of
+from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, gradient_of
 from mfac_kernels.preconditioners.layers.maps import ScaleMap
+
+NO_NORMALIZATION = 'normalization is "skip"'
 
 NORMALIZATIONS = (
     nn.BatchNorm1d,
@@ -28,17 +32,21 @@ class NormalizationLayer(Layer):
     A holds the whole block, from the gradients of each sample; B is 1.
     """
 
-    def __init__(self, name: str, module: nn.Module, diagonal: bool) -> None:
-        super().__init__(name, module)
+    def __init__(self, name: str, module: nn.Module, options: Options) -> None:
+        super().__init__(name, module, options)
         parameters = 1 + (self.bias is not None)
         self.units = self.weight.numel()
         # Of an input, the last ones that are units, or 0 where the second dimension alone is
         self._unit_dims = self.weight.dim() if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) else 0
         self.least_dims = 1 + max(1, self._unit_dims)
-        self.per_unit = 1 if diagonal else parameters
+        self.per_unit = 1 if options.normalization == "diagonal" else parameters
         self.shape = KroneckerShape(
             outputs=1, inputs=self.per_unit, groups=self.units * parameters // self.per_unit, unit=True
         )
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, options: Options) -> Sequence[Layer] | str:
+        return NO_NORMALIZATION if options.normalization == "skip" else super().of(name, module, options)
 
     def position_shape(self, output: Tensor) -> tuple[int, ...]:
         return tuple(output.shape[1 : output.dim() - self._unit_dims] if self._unit_dims else output.shape[2:])
@@ -57,7 +65,7 @@ class NormalizationLayer(Layer):
 
     def add_block(self, total: Tensor, x: Tensor, gradient: Tensor, by_position: bool, how: Add) -> None:
         """From the gradients of each sample, or of each position: products of input and output gradient."""
-        parts = [gradient * self._normalized(x)]
+        parts = [gradient * x]
         if self.bias is not None:
             parts.append(gradient)
         # (n, groups * per_unit, 1)
@@ -72,9 +80,6 @@ class NormalizationLayer(Layer):
         shape = self.shape.groups, self.per_unit
         return ScaleMap(shape, self.units, self.bias is not None, self._unit_dims)
 
-    def map_inputs(self, x: Tensor) -> Tensor:
-        return self._normalized(x)
-
     def gradient(self) -> Tensor:
         parts = [gradient_of(p).flatten() for p in (self.weight, self.bias) if p is not None]
         return torch.stack(parts, 1).view(self.shape.groups, self.per_unit)
@@ -85,8 +90,8 @@ class NormalizationLayer(Layer):
             if parameter is not None and parameter.grad is not None:
                 parameter.grad.copy_(column.view_as(parameter))
 
-    def _normalized(self, x: Tensor) -> Tensor:
-        """What the scale multiplies."""
+    def features(self, x: Tensor) -> Tensor:
+        """Normalized inputs."""
         module = self.module
         if isinstance(module, nn.GroupNorm):
             return F.group_norm(x, module.num_groups, eps=module.eps)
