@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mfac_kernels.preconditioners.layers.base import Layer
-from mfac_kernels.preconditioners.layers.convolution import CONVOLUTIONS, ConvLayer
+from mfac_kernels.preconditioners.layers.convolution import ConvLayer
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 from mfac_kernels.preconditioners.layers.linear import LinearLayer, TransposedLinearLayer
 from mfac_kernels.preconditioners.layers.normalization import NORMALIZATIONS, NormalizationLayer
@@ -34,7 +34,7 @@ def kind_of(module: nn.Module) -> type[Layer] | None:
 register(nn.Linear, LinearLayer)
 register("transformers.pytorch_utils.Conv1D", TransposedLinearLayer)
 register(nn.Embedding, EmbeddingLayer)
-for convolution in CONVOLUTIONS:
+for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(convolution, ConvLayer)
 for normalization in NORMALIZATIONS:
     register(normalization, NormalizationLayer)
