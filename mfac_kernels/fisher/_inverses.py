@@ -89,13 +89,14 @@ class FactoredInverses(Inverses):
                 if stack.shape.unit:
                     of_inputs, of_outputs = damping * weight, torch.zeros_like(weight)
                 # A layer that has seen nothing keeps its inverses: the identity, not that of the damping alone.
-                if stack.shape.diagonal:
-                    inverse = (inputs + of_inputs).reciprocal()
-                    self._inputs[i][row] = torch.where(seen[:, None], inverse, self._inputs[i][row])
-                sides = [(outputs, of_outputs, self._outputs[i][row])]
-                if not stack.shape.diagonal:
-                    sides.append((inputs, of_inputs, self._inputs[i][row]))
-                for factor, shift, target in sides:
+                for factor, shift, target in (
+                    (outputs, of_outputs, self._outputs[i][row]),
+                    (inputs, of_inputs, self._inputs[i][row]),
+                ):
+                    if factor.shape[-1] == 1:
+                        inverse = (factor + shift[..., None, None]).reciprocal()
+                        target.copy_(torch.where(seen[:, None, None, None], inverse, target))
+                        continue
                     batches.append(factor)
                     dampings.append(shift.expand(factor.shape[:2]))
                     targets.append(target)
@@ -115,7 +116,7 @@ class FactoredInverses(Inverses):
         """(layers, groups), or (layers, 1) where blocks are parts of one factor."""
         means = []
         for factor, width in ((inputs, shape.input_width), (outputs, shape.outputs)):
-            trace = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+            trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
             if shape.groups == 1:
                 trace = trace.sum(-1, keepdim=True)
             means.append(trace / width)
@@ -125,9 +126,7 @@ class FactoredInverses(Inverses):
 
     def apply(self, stack: Stack, x: Tensor) -> Tensor:
         i = self.stacks.index(stack)
-        inputs = self._inputs[i]
-        x = x * self._scales[i][:, None, None, None, None]
-        x = x * inputs[:, None, None, None] if stack.shape.diagonal else multiply_inputs(x, inputs)
+        x = multiply_inputs(x * self._scales[i][:, None, None, None, None], self._inputs[i])
         return multiply_outputs(self._outputs[i], x)
 
     def views(self, stack: Stack, row: int) -> list[Tensor]:
@@ -175,13 +174,8 @@ class Eigenbases(Inverses):
         for i, (stack, chosen) in enumerate(zip(self.stacks, rows, strict=True)):
             for row in _runs(chosen):
                 seen, weight = stack.weight[row] > 0, _nonzero(stack.weight[row])[:, None, None]
-                if stack.shape.diagonal:
-                    of_inputs = stack.inputs[row][:, None] / weight
-                else:
-                    of_inputs = (
-                        _eigh(stack.shape.expand(stack.inputs[row]), stack.shape.input_width, self._inputs[i][row])
-                        / weight
-                    )
+                inputs = stack.shape.expand(stack.inputs[row])
+                of_inputs = _eigh(inputs, stack.shape.input_width, self._inputs[i][row]) / weight
                 of_outputs = _eigh(stack.outputs[row], stack.shape.outputs, self._outputs[i][row]) / weight
                 if stack.shape.groups == 1:  # blocks follow one another; the ragged end is cut off
                     of_inputs = of_inputs.flatten(1)[:, None, : stack.shape.input_width]
@@ -207,8 +201,7 @@ class Eigenbases(Inverses):
                 total.zero_()
             total[0].mT.index_put_((inputs,), squares[0].to(total.dtype), accumulate=True)
             return
-        rotated = _rotated(inputs, self._inputs[i][row]) if not stack.shape.diagonal else inputs.to(total.dtype)
-        product = squares.mT @ rotated.square()
+        product = squares.mT @ _rotated(inputs, self._inputs[i][row]).square()
         total.copy_(product + total if begun else product)
 
     def sums(self) -> list[Tensor]:
@@ -241,16 +234,12 @@ class Eigenbases(Inverses):
     def to_basis(self, stack: Stack, x: Tensor) -> Tensor:
         """U_B^T x U_A."""
         i = self.stacks.index(stack)
-        if not stack.shape.diagonal:
-            x = multiply_inputs(x, self._inputs[i])
-        return multiply_outputs(self._outputs[i].mT, x)
+        return multiply_outputs(self._outputs[i].mT, multiply_inputs(x, self._inputs[i]))
 
     def apply(self, stack: Stack, x: Tensor) -> Tensor:
         i = self.stacks.index(stack)
         x = self.to_basis(stack, x) / (self.moments[i] + self._dampings[i][:, None, None, None, None])
-        if not stack.shape.diagonal:
-            x = multiply_inputs(x, self._inputs[i].mT)
-        return multiply_outputs(self._outputs[i], x)
+        return multiply_outputs(self._outputs[i], multiply_inputs(x, self._inputs[i].mT))
 
     def views(self, stack: Stack, row: int) -> list[Tensor]:
         i = self.stacks.index(stack)
@@ -275,9 +264,7 @@ def _scaled(total: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _identity(stack: Stack, size: tuple[int, ...]) -> Tensor:
-    """For each layer; of a diagonal factor, its diagonal."""
-    if len(size) == 1:
-        return stack.inputs.new_ones(len(stack.layers), *size)
+    """For each layer."""
     unit = torch.eye(size[-1], dtype=stack.inputs.dtype, device=stack.inputs.device)
     return unit.expand(len(stack.layers), *size).contiguous()
 
@@ -300,10 +287,17 @@ def _nonzero(weight: Tensor) -> Tensor:
 
 def _eigh(factor: Tensor, width: int, vectors: Tensor) -> Tensor:
     """Eigenvalues (layers, blocks, s) of the blocks of a factor of `width` rows; writes the eigenvectors."""
-    values, basis = torch.linalg.eigh(_padding_last(factor, width))
+    values, basis = _eigen(factor, width)
     vectors.copy_(basis)
-    clamped: Tensor = values.clamp_min(0)
-    return clamped
+    return values.clamp_min(0)
+
+
+def _eigen(factor: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of the blocks of a factor of `width` rows."""
+    if factor.shape[-1] == 1:
+        return factor[..., 0], torch.ones_like(factor)
+    values, basis = torch.linalg.eigh(_padding_last(factor, width))
+    return values, basis
 
 
 def _padding_last(factor: Tensor, width: int) -> Tensor:
@@ -319,11 +313,9 @@ def _padding_last(factor: Tensor, width: int) -> Tensor:
 def smallest_eigenvectors(factor: Tensor, groups: int, width: int) -> Tensor:
     """Of each group's part of a factor, of the block that has the smallest eigenvalue -> (layers, groups, width).
 
-    factor (layers, blocks, s, s), or (layers, width) if it is diagonal. The largest entry is positive.
+    factor (layers, blocks, s, s). The largest entry is positive.
     """
-    if factor.dim() == 2:
-        return torch.nn.functional.one_hot(factor.argmin(1), width).to(factor.dtype)[:, None]
-    values, basis = torch.linalg.eigh(_padding_last(factor, width))
+    values, basis = _eigen(factor, width)
     vectors: Tensor = basis[..., 0]  # (layers, blocks, s)
     if groups == 1:
         least = torch.nn.functional.one_hot(values[..., 0].argmin(1), values.shape[1])

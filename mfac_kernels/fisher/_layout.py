@@ -33,8 +33,7 @@ class KroneckerShape:
         bias: the last column is the bias's.
         sua: A is over inputs (and bias) alone and is used at every offset.
         input_block, output_block: keep the block diagonal of A, of B, in blocks of this size; the last one is ragged
-            and padded with zeros. None: dense.
-        diagonal: A is diagonal (an embedding's).
+            and padded with zeros. 1: the diagonal, as an embedding's A is; None: dense.
         lags: average A in compressed form, about a third of a 3 x 3 convolution's, and expand it to invert it.
         unit: B is the number 1 and A the whole block, damped as it is (the scale and shift of a normalisation layer).
     """
@@ -47,7 +46,6 @@ class KroneckerShape:
     sua: bool = False
     input_block: int | None = None
     output_block: int | None = None
-    diagonal: bool = False
     unit: bool = False
     lags: Lags | None = None
 
@@ -75,10 +73,8 @@ class KroneckerShape:
         return self.inputs * self.offsets + self.bias
 
     @property
-    def input_factor(self) -> tuple[int, ...]:
-        """(blocks, size, size), or (inputs,) if A is diagonal."""
-        if self.diagonal:
-            return (self.inputs,)
+    def input_factor(self) -> tuple[int, int, int]:
+        """(blocks, size, size)."""
         return _factor(self.groups, self.input_width, self.input_block)
 
     @property
@@ -139,6 +135,8 @@ def gather(shape: KroneckerShape, x: Tensor) -> Tensor:
 
 def multiply_inputs(x: Tensor, matrix: Tensor) -> Tensor:
     """``x @ matrix`` along the inputs: x (layers, groups, outputs, uses, a), matrix (layers, blocks, s, s)."""
+    if matrix.shape[-1] == 1:  # blocks of one, or one for each group
+        return x * matrix.reshape(len(x), x.shape[1], 1, 1, -1)
     rows = x.flatten(2, 3)
     if matrix.shape[1] == x.shape[1]:
         return (rows @ matrix).view_as(x)
@@ -147,6 +145,8 @@ def multiply_inputs(x: Tensor, matrix: Tensor) -> Tensor:
 
 def multiply_outputs(matrix: Tensor, x: Tensor) -> Tensor:
     """``matrix @ x`` along the outputs: matrix (layers, blocks, s, s), x (layers, groups, outputs, uses, a)."""
+    if matrix.shape[-1] == 1:
+        return x * matrix.reshape(len(x), x.shape[1], -1, 1, 1)
     rows = x.flatten(3)
     if matrix.shape[1] == x.shape[1]:
         return (matrix @ rows).view_as(x)

@@ -128,7 +128,7 @@ class KroneckerFisher:
         """Rows of one layer for the eigenvalue correction: inputs (groups, n, columns), gradients (groups, n, outputs).
 
         This batch's moments gain alpha times the sum over rows of w (U_B^T g)_i^2 (U_A^T a)_j^2. ``weights``: w, (n, 1)
-        or (). Where A is diagonal, inputs may be the indices (n,) of one-hot rows.
+        or (). Where A is kept as its diagonal, inputs may be the indices (n,) of one-hot rows.
         """
         if not isinstance(self._inverses, Eigenbases):
             raise TypeError('add_moments: expected a KroneckerFisher with style "exact"')
@@ -247,7 +247,7 @@ class KroneckerFisher:
         return bool(stack.weight[row] > 0)
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The debiased A, (blocks, s, s) or (inputs,), and B, (blocks, s, s), of a layer."""
+        """The debiased A and B of a layer, (blocks, s, s) each."""
         stack, row = self._at(layer)
         weight = stack.weight[row].clamp_min(torch.finfo(stack.weight.dtype).tiny)
         (inputs,) = stack.shape.expand(stack.inputs[row : row + 1])

@@ -19,7 +19,7 @@ SHAPES = {
     "blocks": KroneckerShape(outputs=5, inputs=7, bias=True, input_block=3, output_block=2),
     "sua, blocks": KroneckerShape(outputs=5, inputs=5, offsets=2, bias=True, sua=True, input_block=4, output_block=3),
     "groups": KroneckerShape(outputs=2, inputs=2, offsets=3, groups=3, bias=True),
-    "embedding": KroneckerShape(outputs=3, inputs=6, diagonal=True),
+    "embedding": KroneckerShape(outputs=3, inputs=6, input_block=1),
     "unit": KroneckerShape(outputs=1, inputs=2, groups=4, unit=True),
 }
 
@@ -60,8 +60,6 @@ def filled(shapes: list[KroneckerShape], seed: int = 0, **options: object) -> tu
 
 def dense(factor: Tensor, width: int, groups: int) -> list[Tensor]:
     """A matrix for each group."""
-    if factor.dim() == 1:
-        return [factor.diag()]
     if groups > 1:
         return list(factor)
     return [torch.block_diag(*factor)[:width, :width]]

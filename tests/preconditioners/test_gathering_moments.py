@@ -108,7 +108,7 @@ def test_moments_of_an_embedding_need_no_one_hot_rows():
 
 
 def test_moments_by_index_of_a_fisher():
-    shape = mk.KroneckerShape(outputs=3, inputs=7, diagonal=True)
+    shape = mk.KroneckerShape(outputs=3, inputs=7, input_block=1)
     found = []
     index, g = torch.randint(7, (11,)), seeded(1, 11, 3)
     weights = seeded(11, 1).square()

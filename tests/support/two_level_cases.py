@@ -141,8 +141,8 @@ class Case:
 
     def _smallest(self, i: int) -> Tensor:
         a, b = self.p.fisher.factors(i)
-        if a.dim() == 1:
-            a = a.diag()[None]
+        if self.p.fisher.shapes[i].input_block == 1:
+            a = torch.block_diag(*a)[None]
         groups = []
         for g in range(len(a)):
             u, v = torch.linalg.eigh(b[g])[1][:, 0], torch.linalg.eigh(a[g])[1][:, 0]

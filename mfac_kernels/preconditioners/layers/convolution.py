@@ -16,6 +16,7 @@ from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape, Lags
 from mfac_kernels.ops import _conv_cost
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
 from mfac_kernels.preconditioners.layers.maps import ConvolutionMap
+from mfac_kernels.preconditioners.layers.rows import add_rows
 
 
 class ConvLayer(Layer):
@@ -91,7 +92,7 @@ class ConvLayer(Layer):
         return Lags(module.kernel_size, module.padding, module.dilation)
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        if how.valid is not None:
+        if how.valid is not None or self.shape.output_block == 1:
             rows, weights = self._reduced(self._output_rows(gradient), how, "mean")
             alpha = how.alpha * self.positions(gradient) if self._reduces else how.alpha
             _add_rows(total, rows, weights, Add(how.beta, alpha, how.refused))
@@ -184,7 +185,7 @@ class ConvLayer(Layer):
 def _add_rows(total: Tensor, rows: Tensor, weights: Tensor | None, how: Add) -> None:
     """rows (groups, n, columns): to a factor of each group."""
     for factor, own in zip([total] if len(rows) == 1 else total, rows, strict=True):
-        ops.linear_factor_(factor, own, weights=weights, beta=how.beta, alpha=how.alpha, check_finite=how.refused)
+        add_rows(factor, own, how, weights)
 
 
 def _pad_mode(module: nn.Module) -> str:

@@ -11,6 +11,7 @@ from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, accumulated
 from mfac_kernels.preconditioners.layers.maps import EmbeddingMap
+from mfac_kernels.preconditioners.layers.rows import add_rows
 
 
 class EmbeddingLayer(Layer):
@@ -24,8 +25,8 @@ class EmbeddingLayer(Layer):
         self.shape = KroneckerShape(
             outputs=module.embedding_dim,
             inputs=module.num_embeddings,
+            input_block=1,
             output_block=options.output_block,
-            diagonal=True,
         )
 
     @classmethod
@@ -43,6 +44,7 @@ class EmbeddingLayer(Layer):
         return x.movedim(dim, 0) if dim < x.dim() - x.is_floating_point() else x  # the gradient has columns too
 
     def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
+        total = total.view(-1)
         if how.valid is None:
             ops.embedding_factor_(total, x, padding_idx=self.module.padding_idx, beta=how.beta, alpha=how.alpha)
             return
@@ -54,14 +56,7 @@ class EmbeddingLayer(Layer):
         total.mul_(how.beta).add_(counts, alpha=how.alpha)
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        ops.linear_factor_(
-            total,
-            gradient,
-            weights=how.weights(gradient),
-            beta=how.beta,
-            alpha=how.alpha,
-            check_finite=how.refused,
-        )
+        add_rows(total, gradient, how, how.weights(gradient))
 
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         weights = how.weights(gradient)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
 from mfac_kernels.preconditioners.layers.maps import LinearMap
+from mfac_kernels.preconditioners.layers.rows import add_rows
 
 
 class LinearLayer(Layer):
@@ -42,9 +44,7 @@ class LinearLayer(Layer):
                 weights = count.square() if how.factor is None else count.square() * how.factor
         else:
             weights = how.weights(x)
-        ops.linear_factor_(
-            total, x, bias=self.shape.bias, weights=weights, beta=how.beta, alpha=alpha, check_finite=how.refused
-        )
+        add_rows(total, x, replace(how, alpha=alpha), weights, bias=self.shape.bias)
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
         alpha, weights = how.alpha, None
@@ -58,7 +58,7 @@ class LinearLayer(Layer):
                 weights = None if how.factor is None else how.factor.to(count).expand_as(count).contiguous()
         else:
             weights = how.weights(gradient)
-        ops.linear_factor_(total, gradient, weights=weights, beta=how.beta, alpha=alpha, check_finite=how.refused)
+        add_rows(total, gradient, replace(how, alpha=alpha), weights)
 
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         a = F.pad(x, (0, 1), value=1.0) if self.shape.bias else x
