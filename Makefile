@@ -6,6 +6,7 @@
 PYTHON ?= python3
 TORCH ?= 2.13.0
 BUDGET ?= 300
+TRAIN_SECONDS ?= 240
 VENV ?= $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
 
 bin := $(VENV)/bin
@@ -13,7 +14,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench paper-fig1 paper-pruning lint sanitize simt cuda-check cuda-wheel gpu wheel clean
+.PHONY: help install demo test bench paper-fig1 paper-pruning paper-gptq lint sanitize simt cuda-check cuda-wheel gpu wheel clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
@@ -21,6 +22,7 @@ help:
 	@echo 'make bench     build, then run the benchmarks'
 	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
 	@echo 'make paper-pruning  ResNet-20 on CIFAR-10 pruned to 50-95%: benchmarks/results/pruning.*; CHECKPOINT=file: that network'
+	@echo 'make paper-gptq  a small transformer, quantised and pruned on layer Hessians: benchmarks/results/quantised_transformer.*'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make simt      the op tests on the CUDA kernels, run on the CPU in three orders of threads'
@@ -35,6 +37,7 @@ help:
 	@echo 'VENV=.venv          the environment; one that is active is used in its place'
 	@echo 'TORCH=2.13.0        the version of torch to install; without TORCH= a torch that is there stays'
 	@echo 'BUDGET=300          seconds that the demo trains for'
+	@echo 'TRAIN_SECONDS=240   seconds that paper-gptq trains for'
 
 # ---- environment ----------------------------------------------------------------------------------------------------------------
 
@@ -88,6 +91,9 @@ paper-fig1: $(stamp) $(stamp)-demo
 
 paper-pruning: $(stamp) $(stamp)-demo
 	$(bin)/python benchmarks/paper_pruning.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+
+paper-gptq: $(stamp)
+	$(bin)/python benchmarks/quantised_transformer.py --train-seconds $(TRAIN_SECONDS)
 
 # ---- checks ---------------------------------------------------------------------------------------------------------------------
 
