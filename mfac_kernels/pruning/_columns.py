@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfac_kernels import ops
 from mfac_kernels.pruning import _layers
@@ -29,18 +29,21 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     return ops.cholesky_inverse_factor(hessian, damping, relative=True, dead=True)
 
 
-def matrix_and_hessian(layer: nn.Module, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """(groups, rows, n) and (groups, n, n), of one dtype and device; what no token has reached is zero in the first."""
+def matrix_and_hessian(layer: _layers.Layer, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """(groups, rows, n) and (groups, n, n), of one dtype and device.
+
+    Columns that no token has reached, of groups that some have, are zero in the first.
+    """
     weights = _layers.matrix(layer)
-    groups, n = weights.shape[0], weights.shape[2]
-    expected = (n, n) if groups == 1 else (groups, n, n)
+    expected = _layers.hessian_shape(layer)
     if not isinstance(hessian, Tensor) or not hessian.is_floating_point():
         raise TypeError(f"hessian: expected a floating tensor, got {getattr(hessian, 'dtype', type(hessian).__name__)}")
     if hessian.shape != expected:
         raise ValueError(f"hessian: expected shape {expected}, got {tuple(hessian.shape)}")
     dtype = torch.promote_types(weights.dtype, hessian.dtype)
-    h = hessian.detach().to(weights.device, dtype).view(groups, n, n)
-    dead = h.diagonal(dim1=-2, dim2=-1) == 0
+    h = hessian.detach().to(weights.device, dtype).reshape(len(weights), *expected[-2:])
+    alive = h.diagonal(dim1=-2, dim2=-1) != 0
+    dead = alive.any(-1, keepdim=True) & ~alive
     return weights.to(dtype).masked_fill_(dead[:, None], 0), h
 
 

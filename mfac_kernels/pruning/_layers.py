@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 from mfac_kernels.fisher import _checks
 
+Layer = nn.Module | nn.Parameter
+"""A linear or convolutional module; or a weight (rows, columns), or of several experts (experts, rows, columns)."""
+
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+_TRANSPOSED = "transformers.pytorch_utils.Conv1D"
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -17,45 +22,50 @@ def is_layer(module: nn.Module) -> bool:
     return isinstance(module, KINDS) or _is_transposed(module)
 
 
-def width(layer: nn.Module) -> tuple[int, int]:
-    """(groups, columns): one Hessian for each group, of so many columns of ``weight.flatten(1)``."""
-    if isinstance(layer, nn.Linear):
-        return 1, layer.in_features
+def hessian_shape(layer: Layer) -> tuple[int, ...]:
+    """(n, n) for the n columns of ``weight.flatten(1)``, or (groups, n, n): one Hessian for each group or expert."""
+    if isinstance(layer, nn.Parameter):
+        return *layer.shape[:-2], layer.shape[-1], layer.shape[-1]
     if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return layer.groups, layer.in_channels // layer.groups * math.prod(layer.kernel_size)
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return 1, len(weight)
+        n = layer.in_channels // layer.groups * math.prod(layer.kernel_size)
+        return (n, n) if layer.groups == 1 else (layer.groups, n, n)
+    n = layer.in_features if isinstance(layer, nn.Linear) else len(_weight(layer))
+    return n, n
 
 
-def matrix(layer: nn.Module) -> Tensor:
+def matrix(layer: Layer) -> Tensor:
     """A copy of the weight in float32, or float64 if it has that: (groups, rows of a group, columns)."""
-    if not is_layer(layer):
-        raise TypeError(f"layer: expected a linear or convolutional layer, got {type(layer).__name__}")
-    weight = layer.weight
+    known = layer.dim() in (2, 3) if isinstance(layer, nn.Parameter) else is_layer(layer)
+    if not known:
+        got = f"of {layer.dim()}" if isinstance(layer, nn.Parameter) else type(layer).__name__
+        kinds = "a linear or convolutional layer, or a parameter of 2 or 3 dimensions"
+        raise TypeError(f"layer: expected {kinds}, got {got}")
+    weight = _weight(layer)
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
         got = f"one of {weight.dtype}" if isinstance(weight, nn.Parameter) else type(weight).__name__
         raise TypeError(f"layer: expected its weight to be a parameter in floating point, got {got}")
-    groups, columns = width(layer)
+    *groups, n, _ = hessian_shape(layer)
     rows = weight.detach().mT if _is_transposed(layer) else weight.detach()
     _checks.finite("layer: its weight", rows)
-    return rows.reshape(groups, -1, columns).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    return rows.reshape(math.prod(groups), -1, n).to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
-def shaped(layer: nn.Module, values: Tensor) -> Tensor:
+def shaped(layer: Layer, values: Tensor) -> Tensor:
     """values (groups, rows of a group, columns) in the shape of the layer's weight."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return (values[0].mT if _is_transposed(layer) else values).reshape(weight.shape)
+    return (values[0].mT if _is_transposed(layer) else values).reshape(_weight(layer).shape)
 
 
-def assign(layer: nn.Module, values: Tensor) -> None:
+def assign(layer: Layer, values: Tensor) -> None:
     """The layer's weight <- ``values``, as :func:`shaped` takes them."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
     with torch.no_grad():
-        weight.copy_(shaped(layer, values))
+        _weight(layer).copy_(shaped(layer, values))
 
 
-def _is_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"
+def _weight(layer: Layer) -> Tensor:
+    weight = layer if isinstance(layer, nn.Parameter) else layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _is_transposed(layer: Layer) -> bool:
+    return any(f"{base.__module__}.{base.__qualname__}" == _TRANSPOSED for base in type(layer).__mro__)

@@ -14,9 +14,10 @@ transformers", ICLR 2023, algorithm 1.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfac_kernels.fisher import _checks
+from mfac_kernels.pruning import _layers
 from mfac_kernels.pruning._columns import InverseFactor, change_columns, inverse_factor, matrix_and_hessian
 from mfac_kernels.pruning.grid import Quantized, assign, encode, grid, spread
 
@@ -25,7 +26,7 @@ __all__ = ["gptq"]
 
 @torch.no_grad()
 def gptq(
-    layer: nn.Module,
+    layer: _layers.Layer,
     hessian: Tensor,
     bits: int = 4,
     *,
@@ -39,8 +40,11 @@ def gptq(
     """Quantise the layer's weight, in place.
 
     Args:
-        layer: Linear, Conv1d, Conv2d, Conv3d with any groups, or transformers' Conv1D.
-        hessian: of its inputs, as :class:`LayerHessian` has it, in any scale. Columns whose diagonal is 0 become 0.
+        layer: Linear, Conv1d, Conv2d, Conv3d with any groups, or transformers' Conv1D; or a parameter (rows, columns),
+            or that of several experts (experts, rows, columns).
+        hessian: (columns, columns), or one for each group or expert (.., columns, columns), as :class:`LayerHessian`
+            has it, in any scale. Columns whose diagonal is 0 become 0; one that is 0 altogether, as that of an expert
+            without tokens, says nothing, and columns are rounded to nearest.
         bits: 2 to 16.
         group_size: columns that share a grid; None: all of a row.
         symmetric: see :mod:`mfac_kernels.pruning.grid`.

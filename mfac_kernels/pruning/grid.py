@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfac_kernels.fisher import _checks
 from mfac_kernels.pruning import _layers
@@ -35,7 +35,7 @@ class Quantized(NamedTuple):
 
 
 def round_to_nearest(
-    layer: nn.Module, bits: int, *, group_size: int | None = None, symmetric: bool = False
+    layer: _layers.Layer, bits: int, *, group_size: int | None = None, symmetric: bool = False
 ) -> Quantized:
     """Round the layer's weight, in place, without a Hessian. Arguments and errors are those of :func:`gptq`."""
     weights = _layers.matrix(layer)
@@ -73,7 +73,7 @@ def encode(weights: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 
 
 @torch.no_grad()
-def assign(layer: nn.Module, codes: Tensor, scale: Tensor, zero: Tensor, group_size: int | None) -> Quantized:
+def assign(layer: _layers.Layer, codes: Tensor, scale: Tensor, zero: Tensor, group_size: int | None) -> Quantized:
     """The layer's weight <- (codes - zero) scale; codes (groups, rows, n), scale and zero (groups, rows, ..)."""
     n = codes.shape[-1]
     values = (codes - spread(zero, group_size, n)) * spread(scale, group_size, n)

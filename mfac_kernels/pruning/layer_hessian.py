@@ -13,6 +13,7 @@ Sources: Frantar, Alistarh, "Optimal Brain Compression", NeurIPS 2022; Frantar e
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -271,13 +272,10 @@ def _find(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str
 
 
 def _empty(layer: nn.Module, x: Tensor) -> _Gathered:
-    groups, columns = _layers.width(layer)
-    shape = (columns, columns) if groups == 1 else (groups, columns, columns)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     count = torch.zeros((), dtype=torch.int64, device=x.device)
-    return _Gathered(torch.zeros(shape, dtype=dtype, device=x.device), count, count.clone())
+    return _Gathered(torch.zeros(_layers.hessian_shape(layer), dtype=dtype, device=x.device), count, count.clone())
 
 
 def _bytes(modules: Sequence[nn.Module]) -> int:
-    groups, columns = _layers.width(modules[0])
-    return groups * columns**2 * (8 if modules[0].weight.dtype == torch.float64 else 4)
+    return math.prod(_layers.hessian_shape(modules[0])) * (8 if modules[0].weight.dtype == torch.float64 else 4)

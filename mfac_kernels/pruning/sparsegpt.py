@@ -14,7 +14,7 @@ algorithm 1.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mfac_kernels.fisher import _checks
 from mfac_kernels.pruning import _layers
@@ -27,7 +27,7 @@ __all__ = ["sparsegpt"]
 
 @torch.no_grad()
 def sparsegpt(
-    layer: nn.Module,
+    layer: _layers.Layer,
     hessian: Tensor,
     sparsity: float = 0.5,
     *,

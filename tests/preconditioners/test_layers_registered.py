@@ -8,6 +8,7 @@ import textwrap
 import pytest
 import torch
 from gathering_cases import EKFAC, F64, kfac, loss_of, seeded
+from layer_cases import Conv1D
 from module_cases import WAYS, Repeated, assert_same_layers, stepped
 from torch import Tensor, nn
 
@@ -31,21 +32,6 @@ class Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.factor * x
-
-
-class Conv1D(nn.Module):
-    """As that of the transformers library: a linear layer whose weight is stored (inputs, outputs)."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
-        return rows.view(*x.shape[:-1], -1)
-
-
-Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
 def conv1d(real: bool) -> type[nn.Module]:

@@ -281,6 +281,23 @@ def test_other_dtypes(step, dtype):
     assert error(module, weight, x) < 1.1 * error(exact, weight, x) + 4 * torch.finfo(dtype).eps ** 2
 
 
+@pytest.mark.parametrize("step", ["gptq", "actorder", "2:4"])
+def test_stacked_experts(step):
+    """Each as if it were alone; one without tokens as if its inputs were uncorrelated."""
+    weights, hessians = [], []
+    for tokens in (300, 100, 0):
+        module, x = wide(tokens=tokens)
+        weights.append((1 + tokens) * module.weight.detach())
+        hessians.append(2 * x.T @ x)
+    stacked = nn.Parameter(torch.stack(weights))
+    STEPS[step](stacked, torch.stack(hessians))
+    hessians[-1] = torch.eye(200, dtype=torch.float64)
+    for new, weight, hessian in zip(stacked, weights, hessians, strict=True):
+        alone = nn.Parameter(weight.clone())
+        STEPS[step](alone, hessian)
+        assert torch.equal(new, alone) and not torch.equal(new, weight)
+
+
 def test_what_is_zero_is_dropped_first():
     module, _ = wide()
     gone = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(0)) < 0.2
@@ -294,7 +311,8 @@ def test_what_is_zero_is_dropped_first():
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"layer": nn.Tanh()}, TypeError, "layer: expected a linear or convolutional layer, got Tanh"),
+        ({"layer": nn.Tanh()}, TypeError, "layer: expected a linear or convolutional layer, or a parameter"),
+        ({"layer": nn.Parameter(torch.ones(12))}, TypeError, "layer: expected a linear or convolutional layer, or a p"),
         ({"hessian": torch.eye(11)}, ValueError, r"hessian: expected shape \(12, 12\), got \(11, 11\)"),
         ({"hessian": torch.ones(12, 12, dtype=torch.int64)}, TypeError, "hessian: expected a floating tensor, got "),
         ({"hessian": None}, TypeError, "hessian: expected a floating tensor, got NoneType"),

@@ -10,15 +10,18 @@ from mfac_kernels.reference.kronecker import patches
 
 
 class Conv1D(nn.Module):
-    """The linear layer of transformers: the weight is (inputs, outputs)."""
+    """As that of the transformers library: a linear layer whose weight is stored (inputs, outputs)."""
 
-    def __init__(self, outputs: int, inputs: int) -> None:
+    def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.weight, self.bias = nn.Parameter(torch.empty(nx, nf)), nn.Parameter(torch.zeros(nf))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
+        rows = torch.addmm(self.bias, x.reshape(-1, x.shape[-1]), self.weight)
+        return rows.view(*x.shape[:-1], self.weight.shape[1])
+
+
+Conv1D.__module__, Conv1D.__qualname__ = "transformers.pytorch_utils", "Conv1D"
 
 
 LAYERS = {
