@@ -185,11 +185,14 @@ def report(rows: list[Row], conditions: dict[str, object], out: Path) -> str:
     table = "\n".join(lines)
     said = "\n".join(f"- {key}: {value}" for key, value in conditions.items())
     out.mkdir(parents=True, exist_ok=True)
-    (out / "quantised_transformer.md").write_text(
-        f"# A small transformer, rounded and pruned\n\n`make paper-gptq`. Perplexity per byte of files that were not "
-        f"trained on; mean and deviation over draws of\ncalibration data. Seconds: of gathering, whether needed or not, and compressing.\n\n"
-        f"{table}\n\n{said}\n"
-    )
+    text = [
+        "# A small transformer, rounded and pruned",
+        "`make paper-gptq`. Perplexity per byte of files that were not trained on; mean and deviation over draws of\n"
+        "calibration data. Seconds: of gathering, whether needed or not, and compressing.",
+        table,
+        said,
+    ]
+    (out / "quantised_transformer.md").write_text("\n\n".join(text) + "\n")
     content = {"conditions": {k: str(v) for k, v in conditions.items()}, "rows": [asdict(row) for row in rows]}
     (out / "quantised_transformer.json").write_text(json.dumps(content, indent=1) + "\n")
     return table
