@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.utils.hooks import RemovableHandle
 
 from mfac_kernels.fisher._state import check_entries
 from mfac_kernels.fisher.kronecker import KroneckerFisher
@@ -33,7 +32,7 @@ from mfac_kernels.preconditioners._passes import (
 )
 from mfac_kernels.preconditioners._sizes import BatchSizes, Counting
 from mfac_kernels.preconditioners._valid import Valid, ValidRows, Ways
-from mfac_kernels.preconditioners.layers.base import Layer
+from mfac_kernels.preconditioners.layers.base import Handle, Layer
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 from mfac_kernels.preconditioners.layers.normalization import NormalizationLayer
 
@@ -99,9 +98,7 @@ class Gatherer:
     # ---- hooks -----------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
-        self._hooks = [
-            layer.module.register_forward_hook(_Hook(self, i), with_kwargs=True) for i, layer in enumerate(self._layers)
-        ]
+        self._hooks = [handle for i, layer in enumerate(self._layers) for handle in layer.attach(_Hook(self, i))]
         weakref.finalize(self, _remove, self._hooks)
 
     def remove(self) -> None:
@@ -120,9 +117,9 @@ class Gatherer:
                 warnings.warn(f"KFAC leaves the gradient of {layer.title} as it is: {why}", stacklevel=2)
             return
         x = layer.samples_first(x, self.counting.batch_dim)
-        positions = layer.positions(layer.samples_first(output.detach(), self.counting.batch_dim))
+        positions = layer.positions(layer.own_outputs(output.detach(), self.counting.batch_dim))
         self.sizes.note(i, len(x), positions)
-        leaf = next((p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad), None)
+        leaf = next(iter(layer.parameters()), None)
         if leaf is None or not (torch.is_grad_enabled() and output.requires_grad):
             return
         record = Record(self, i, accumulator(leaf), Saved(_as_used(x, output)), len(x), positions)
@@ -160,7 +157,7 @@ class Gatherer:
         kept.keep(
             record.layer,
             record.x.get(),
-            self._layers[record.layer].samples_first(gradient, self.counting.batch_dim),
+            self._layers[record.layer].own_outputs(gradient, self.counting.batch_dim),
             self.sizes.samples(),
             record.positions,
             (record.home.setdefault(self._key, current), current),
@@ -187,7 +184,7 @@ class Gatherer:
         steps = self.counting.accumulation_steps * size.samples
         scale = steps if self.counting.loss_average != "sum" else 1 / steps
         way = self._way(record)
-        gradient = self._in_dtype(layer.samples_first(gradient, self.counting.batch_dim))
+        gradient = self._in_dtype(layer.own_outputs(gradient, self.counting.batch_dim))
         block = isinstance(layer, NormalizationLayer)
         corrected = fisher.eigen_correction and not block
         assert record.x is not None
@@ -306,12 +303,12 @@ class _Hook:
         return _Hook, ()
 
 
-def is_gathered(module: nn.Module) -> bool:
-    """Whether a preconditioner that is alive has a hook on the module."""
-    return any(isinstance(hook, _Hook) and hook.owner and hook.owner() for hook in module._forward_hooks.values())
+def is_gathered(layer: Layer) -> bool:
+    """Whether a preconditioner that is alive has a hook on the layer."""
+    return any(isinstance(hook, _Hook) and hook.owner and hook.owner() for hook in layer.hooks())
 
 
-def _remove(hooks: list[RemovableHandle]) -> None:
+def _remove(hooks: list[Handle]) -> None:
     for hook in hooks:
         hook.remove()
 

@@ -52,8 +52,9 @@ class KFAC(Preconditioner):
     as if there were none. Nothing in a step waits for the device, but for the eigenvalues of ``damping_style="exact"``.
     What has seen no batch yet keeps its gradient, and is named in one warning if it has one.
 
-    Covered: Linear with any leading dimensions, Conv1d, Conv2d, Conv3d with any groups and padding, Embedding, and the
-    normalization layers. What else is trained keeps its gradient; one warning lists it. Models under ``torch.compile``
+    Covered: Linear with any leading dimensions, Conv1d, Conv2d, Conv3d with any groups and padding, Embedding, the
+    normalization layers, the four projections of MultiheadAttention, each as a Linear, Conv1D of the transformers
+    library, and what is :meth:`registered <register>`. What else is trained keeps its gradient; one warning lists it. Models under ``torch.compile``
     work if the preconditioner is made before their first call. The model does not keep the preconditioner alive, and
     its copies come without one.
 
@@ -160,7 +161,7 @@ class KFAC(Preconditioner):
         if unasked:
             listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
             warnings.warn(f"KFAC leaves the gradients of these modules as they are: {listed}", stacklevel=2)
-        twice = next((layer.title for layer in self._layers if is_gathered(layer.module)), None)
+        twice = next((layer.title for layer in self._layers if is_gathered(layer)), None)
         if twice is not None:
             warnings.warn(
                 f"KFAC: another one is made for {twice}: both precondition its gradient unless remove_hooks() of the "
@@ -325,7 +326,7 @@ class KFAC(Preconditioner):
         if not damping > 0:
             raise ValueError(f"damping: expected a positive number, got {damping}")
         self._coverage.check_frozen()
-        own_gradients(p for layer in self._layers for p in layer.module.parameters(recurse=False))
+        own_gradients(p for layer in self._layers for p in layer.parameters())
         gradients = [layer.gradient() for layer in self._layers]
         self.fisher.damping, self.fisher.factor_decay = damping, decay
         if self._factors_due:

@@ -47,6 +47,8 @@ def blocks(p: mk.KFAC) -> list[Tensor]:
     for i in range(len(p._layers)):
         a, b = p.fisher.factors(i)
         a = a.diag()[None] if a.dim() == 1 else a
+        if p.fisher.shapes[i].groups == 1:  # blocks of one factor each
+            a, b = (torch.block_diag(*factor)[None] for factor in (a, b))
         found.append(torch.block_diag(*(torch.kron(y, x) for x, y in zip(a, b, strict=True))))
     return found
 

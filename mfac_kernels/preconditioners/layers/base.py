@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,13 @@ from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 Spatial = Literal["full", "sua"]
 Approximation = Literal["expand", "reduce"]
 Normalization = Literal["unit", "diagonal", "skip"]
+
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]
+"""hook(module, arguments, keywords, output), after a call."""
+
+
+class Handle(Protocol):
+    def remove(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ class Layer(ABC):
         least_dims, most_dims: dimensions of inputs, the samples' among them.
     """
 
-    weight_name: ClassVar[str] = "weight"
-    bias_name: ClassVar[str] = "bias"
+    weight_name: str = "weight"
+    bias_name: str = "bias"
     shape: KroneckerShape
     least_dims: int = 2
     most_dims: int | None = None
@@ -89,14 +96,14 @@ class Layer(ABC):
     @classmethod
     def of(cls, name: str, module: nn.Module, options: Options) -> Sequence[Layer] | str:
         """The layers that a module is, or why it is none."""
-        return cls.unusable(module) or [cls(name, module, options)]
+        return cls.unusable(module, cls.weight_name) or [cls(name, module, options)]
 
-    @classmethod
-    def unusable(cls, module: nn.Module) -> str | None:
+    @staticmethod
+    def unusable(module: nn.Module, name: str) -> str | None:
         """Why a module's weight can have no factors."""
-        weight = getattr(module, cls.weight_name, None)
+        weight = getattr(module, name, None)
         if weight is None:
-            return f"it has no {cls.weight_name}"
+            return f"it has no {name}"
         if isinstance(weight, UninitializedParameter):
             return "its weight has no shape yet: call the model once before"
         if not isinstance(weight, nn.Parameter):
@@ -125,6 +132,18 @@ class Layer(ABC):
         """An input, output or gradient, if dimension ``dim`` has the samples where a module leaves that open."""
         return x
 
+    def own_outputs(self, output: Tensor, dim: int) -> Tensor:
+        """This layer's part of an output, or of its gradient, samples first."""
+        return self.samples_first(output, dim)
+
+    def attach(self, hook: Hook) -> list[Handle]:
+        """Have ``hook`` called after each call of this layer."""
+        return [self.module.register_forward_hook(hook, with_kwargs=True)]
+
+    def hooks(self) -> Iterable[object]:
+        """Those that are attached."""
+        return self.module._forward_hooks.values()
+
     def unfit(self, x: object, output: object) -> str | None:
         """Why a call cannot be counted."""
         for name, value in (("input", x), ("output", output)):
@@ -152,6 +171,10 @@ class Layer(ABC):
     def linear_map(self) -> LayerMap | None:
         """The layer as a function of its parameters, for products with the exact Fisher matrix; None: it has none."""
         return None
+
+    def parameters(self) -> list[Tensor]:
+        """That are trained."""
+        return [p for p in (self.weight, self.bias) if p is not None and p.requires_grad]
 
     @property
     def title(self) -> str:

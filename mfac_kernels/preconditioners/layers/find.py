@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from mfac_kernels.preconditioners.layers.attention import AttentionProjection
 from mfac_kernels.preconditioners.layers.base import Layer, Options
 from mfac_kernels.preconditioners.layers.kinds import kind_of
 from mfac_kernels.preconditioners.layers.normalization import NO_NORMALIZATION
@@ -39,25 +40,27 @@ def find_layers(model: nn.Module, options: Options, names: Names) -> tuple[list[
     for name, module in model.named_modules():
         for p in module.parameters(recurse=False):
             owners.setdefault(id(p), []).append(name)
-    attention: list[str] = []
+    attention = {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
     for name, module in model.named_modules():
-        own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-        if isinstance(module, nn.MultiheadAttention):
-            attention.append(f"{name}." if name else "")
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
         if not own:
             continue
-        others = [other for p in own for other in owners[id(p)] if other != name]
+        others = [other for p in own.values() for other in owners[id(p)] if other != name]
         found: Sequence[Layer] | str = names.unwanted(name) or ""
-        if not found and f"{name}.".startswith(tuple(attention)):
-            found = "the projections of nn.MultiheadAttention are not called as modules"
         if not found and others:  # the gradient is the sum of several layers'
             found = f"shares parameters with {others[0]}"
+        if not found and module in attention:
+            found = AttentionProjection.of_output(name, module, options, attention[module])
         if not found:
             found = _layers_of(name, module, options)
         if isinstance(found, str):
             skipped[name] = found
-        else:
-            layers += found
+            continue
+        layers += found
+        covered = {id(p) for layer in found for p in layer.parameters()}
+        for n, p in own.items():
+            if id(p) not in covered:
+                skipped[f"{name}.{n}" if name else n] = f"{type(module).__name__} has no Kronecker factors of it"
     return layers, skipped
 
 

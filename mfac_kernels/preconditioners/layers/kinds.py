@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from mfac_kernels.preconditioners.layers.attention import AttentionProjection
 from mfac_kernels.preconditioners.layers.base import Layer
 from mfac_kernels.preconditioners.layers.convolution import ConvLayer
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
@@ -33,6 +34,7 @@ def kind_of(module: nn.Module) -> type[Layer] | None:
 
 register(nn.Linear, LinearLayer)
 register("transformers.pytorch_utils.Conv1D", TransposedLinearLayer)
+register(nn.MultiheadAttention, AttentionProjection)
 register(nn.Embedding, EmbeddingLayer)
 for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(convolution, ConvLayer)
