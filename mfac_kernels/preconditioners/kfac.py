@@ -54,9 +54,9 @@ class KFAC(Preconditioner):
 
     Covered: Linear with any leading dimensions, Conv1d, Conv2d, Conv3d with any groups and padding, Embedding, the
     normalization layers, the four projections of MultiheadAttention, each as a Linear, Conv1D of the transformers
-    library, and what is :meth:`registered <register>`. What else is trained keeps its gradient; one warning lists it. Models under ``torch.compile``
-    work if the preconditioner is made before their first call. The model does not keep the preconditioner alive, and
-    its copies come without one.
+    library, and what is :meth:`registered <register>`. What else is trained keeps its gradient; one warning lists it.
+    Models under ``torch.compile`` work if the preconditioner is made before their first call. The model does not keep
+    the preconditioner alive, and its copies come without one.
 
     Args:
         model: inputs and outputs of its modules have the samples in the first dimension, or see ``batch_dim``.
