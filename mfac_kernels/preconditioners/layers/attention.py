@@ -179,7 +179,7 @@ class _Mode(TorchFunctionMode):
             return output
         flat = output.shape
         if len(flat) == 2:  # (positions * samples, columns)
-            x, output = (t.unflatten(0, (-1, self._samples)) for t in (x, output))
+            x, output = (t.view(-1, self._samples, t.shape[-1]) for t in (x, output))
         for layer, hook in hooks:
             hook(layer.module, (x,), {}, output)
         return output.view(flat) if len(flat) == 2 else output
