@@ -27,6 +27,12 @@ def positive_int(name: str, value: object) -> int:
     return number
 
 
+def one_of(name: str, value: object, values: tuple[object, ...]) -> None:
+    """ValueError unless ``value`` is one of ``values``."""
+    if value not in values:
+        raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}, got {value!r}")
+
+
 def positive_float(name: str, value: object) -> float:
     """``value`` as a positive finite float, else TypeError or ValueError."""
     if isinstance(value, (bool, str)) or not isinstance(value, SupportsFloat):

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mfac_kernels.fisher._checks import positive_int
+from mfac_kernels.fisher._checks import one_of, positive_int
 from mfac_kernels.fisher._state import check_entries
 from mfac_kernels.fisher.kronecker import KroneckerFisher
+from mfac_kernels.preconditioners._construction import check_layers
 from mfac_kernels.preconditioners._coverage import Coverage
+from mfac_kernels.preconditioners._covered import Covered, covered
 from mfac_kernels.preconditioners._distributed import ProcessGroup, Ranks
-from mfac_kernels.preconditioners._gathering import Gatherer, is_gathered
+from mfac_kernels.preconditioners._gathering import Gatherer
+from mfac_kernels.preconditioners._memory import check_memory
 from mfac_kernels.preconditioners._sizes import Counting, Gather, LossAverage
 from mfac_kernels.preconditioners._valid import Valid
 from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner, own_gradients
 from mfac_kernels.preconditioners.layers.base import Approximation, Layer, Normalization, Options, Spatial
-from mfac_kernels.preconditioners.layers.find import ASKED, Names, find_layers
+from mfac_kernels.preconditioners.layers.find import Names, find_layers
+from mfac_kernels.preconditioners.layers.forms import Form, blocks_by_name
 from mfac_kernels.preconditioners.layers.kinds import register
 
 
@@ -70,6 +73,8 @@ class KFAC(Preconditioner):
         spatial: ``"full"``, or ``"sua"``: a convolution's pixels are taken for uncorrelated, A is over channels alone.
         group_size: block size of block-diagonal factors, for both, or (for A, for B) with None for dense. Layers of
             grouped convolutions keep one factor for each group.
+        input, output: the form of A, of B, by patterns (``fnmatch``) of the names of modules, the first that fits, in
+            place of ``group_size``: ``"diagonal"``, a block size, or None for dense.
         approximation: ``"expand"`` or ``"reduce"``.
         fisher_type: ``"empirical"``: B from the gradients of the loss. ``"mc"``: from those of labels drawn from the
             model: run their backward pass inside :meth:`sampling`.
@@ -91,6 +96,8 @@ class KFAC(Preconditioner):
         batch_dim: 1: samples are in the second dimension of what linear layers, embeddings, LayerNorm and RMSNorm are
             given. Convolutions and other normalization layers have them in the first.
         masked: :meth:`valid` will be used with convolutions of stride 1, whose A then is not kept in compressed form.
+        max_layer_bytes: what the factors, sums and inverses of a layer may take. One that needs more, as a head with
+            50,257 outputs does, is an error that names it, before anything is allocated. None: whatever they need.
         process_group: the ranks that share a batch: ``"default"``, a group, or None for this rank alone. All of them
             make a preconditioner of the same layers.
 
@@ -100,8 +107,8 @@ class KFAC(Preconditioner):
     al., NeurIPS 2023.
 
     Raises:
-        TypeError, ValueError: an argument outside these ranges, a model without a layer to precondition, or with layers
-            on several devices.
+        TypeError, ValueError: an argument outside these ranges, a model without a layer to precondition, with layers on
+            several devices, or with one that is too large.
         RuntimeError: ranks of the process group have other layers, or none in a minute.
     """
 
@@ -118,6 +125,8 @@ class KFAC(Preconditioner):
         accumulation_steps: int = 1,
         spatial: Spatial = "full",
         group_size: int | tuple[int | None, int | None] | None = None,
+        input: Mapping[str, Form] | None = None,
+        output: Mapping[str, Form] | None = None,
         approximation: Approximation = "expand",
         fisher_type: Literal["empirical", "mc"] = "empirical",
         pi_correction: bool = True,
@@ -132,16 +141,17 @@ class KFAC(Preconditioner):
         batch_size: int | None = None,
         batch_dim: int = 0,
         masked: bool = False,
+        max_layer_bytes: int | None = 8 << 30,
         process_group: ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
         super().__init__()
-        _one_of("spatial", spatial, ("full", "sua"))
-        _one_of("approximation", approximation, ("expand", "reduce"))
-        _one_of("fisher_type", fisher_type, ("empirical", "mc"))
-        _one_of("loss_average", loss_average, ("batch", "positions", "sum"))
-        _one_of("normalization", normalization, ("unit", "diagonal", "skip"))
-        _one_of("gather", gather, ("train", "always"))
-        _one_of("batch_dim", batch_dim, (0, 1))
+        one_of("spatial", spatial, ("full", "sua"))
+        one_of("approximation", approximation, ("expand", "reduce"))
+        one_of("fisher_type", fisher_type, ("empirical", "mc"))
+        one_of("loss_average", loss_average, ("batch", "positions", "sum"))
+        one_of("normalization", normalization, ("unit", "diagonal", "skip"))
+        one_of("gather", gather, ("train", "always"))
+        one_of("batch_dim", batch_dim, (0, 1))
         if eigen_correction and spatial == "sua":
             raise ValueError('eigen_correction: expected spatial "full", got "sua"')
         self._model = model
@@ -152,22 +162,14 @@ class KFAC(Preconditioner):
         input_block, output_block = group_size if isinstance(group_size, tuple) else (group_size, group_size)
         if loss_average == "positions":
             approximation = "expand"  # of samples that have one position each, both are the same
-        options = Options(spatial, approximation, input_block, output_block, masked, normalization)
+        inputs, outputs = blocks_by_name("input", input, model), blocks_by_name("output", output, model)
+        options = Options(spatial, approximation, input_block, output_block, masked, normalization, inputs, outputs)
         names = Names(None if include is None else tuple(include), tuple(skip_layers))
         self._layers, self.skipped_layers = find_layers(model, options, names)
-        if not self._layers:
-            raise ValueError(f"model: expected layers to precondition, found none; left alone: {self.skipped_layers}")
-        unasked = {n: why for n, why in self.skipped_layers.items() if why not in ASKED}
-        if unasked:
-            listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
-            warnings.warn(f"KFAC leaves the gradients of these modules as they are: {listed}", stacklevel=2)
-        twice = next((layer.title for layer in self._layers if is_gathered(layer)), None)
-        if twice is not None:
-            warnings.warn(
-                f"KFAC: another one is made for {twice}: both precondition its gradient unless remove_hooks() of the "
-                "first is called and its step() no longer",
-                stacklevel=2,
-            )
+        check_layers(self._layers, self.skipped_layers)
+        dtype = torch.float64 if any(q.weight.dtype == torch.float64 for q in self._layers) else torch.float32
+        self._moments = 1 + eigen_correction if damping_style == "exact" else 0
+        check_memory(self._layers, dtype.itemsize, self._moments, max_layer_bytes)
         counting = Counting(
             loss_average=loss_average,
             sampled=fisher_type == "mc",
@@ -179,13 +181,6 @@ class KFAC(Preconditioner):
         )
         self._ranks = Ranks(process_group)
         self._ranks.check_layers({layer.title: layer.shape for layer in self._layers})
-        weights = [layer.weight for layer in self._layers]
-        for layer in self._layers:
-            if layer.weight.device != weights[0].device:
-                raise ValueError(
-                    f"model: expected layers on one device, {weights[0].device}, got {layer.title} on "
-                    f"{layer.weight.device}"
-                )
         self.fisher = KroneckerFisher(
             [layer.shape for layer in self._layers],
             self._at_step("damping"),
@@ -193,8 +188,8 @@ class KFAC(Preconditioner):
             style=damping_style,
             pi_correction=pi_correction,
             eigen_correction=eigen_correction,
-            dtype=torch.float64 if any(w.dtype == torch.float64 for w in weights) else torch.float32,
-            device=weights[0].device,
+            dtype=dtype,
+            device=self._layers[0].weight.device,
         )
         self._gatherer = Gatherer(model, self._layers, self.fisher, counting)
         self._coverage = Coverage(model, self._layers, names, self._gatherer)
@@ -383,6 +378,13 @@ class KFAC(Preconditioner):
         without = len(self._coverage.without_factors(self._ranks.count > 1))
         return {"steps": self.steps, **self.fisher.diagnostics(), "layers_without_factors": without}
 
+    def covered(self) -> Covered:
+        """The layers with factors, their form and MB; modules left alone, and why; the share of parameters covered."""
+        return covered(self._model, self._layers, self.skipped_layers, self.fisher.dtype.itemsize, self._moments)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__}: {self.covered()}"
+
     def state_dict(self) -> dict[str, Any]:
         """Between backward passes and their step, with what they have gathered."""
         return {"steps": self.steps, "fisher": self.fisher.state_dict(), "gathered": self._gatherer.state_dict()}
@@ -395,8 +397,3 @@ class KFAC(Preconditioner):
         self._gatherer.load_state_dict(state_dict["gathered"])
         self.steps = steps
         self._gatherer.active = self._factors_due
-
-
-def _one_of(name: str, value: object, values: tuple[object, ...]) -> None:
-    if value not in values:
-        raise ValueError(f"{name}: expected one of {', '.join(map(str, values))}, got {value!r}")

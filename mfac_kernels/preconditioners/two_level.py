@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mfac_kernels.fisher._checks import one_of
 from mfac_kernels.fisher._state import check_entries
 from mfac_kernels.fisher.jacobian import JacobianProduct
 from mfac_kernels.preconditioners._coarse_solve import Basis, CoarseMatrix
@@ -79,8 +80,7 @@ class TwoLevelKFAC(KFAC):
         fisher_batch: float = 1.0,
         **options: Any,
     ) -> None:
-        if combination not in COMBINATIONS:
-            raise ValueError(f"combination: expected one of {', '.join(COMBINATIONS)}, got {combination!r}")
+        one_of("combination", combination, COMBINATIONS)
         if combination in ("deflated", "balanced") and omega != 1:
             raise ValueError(f'omega: expected 1 with combination "{combination}", got {omega!r}')
         if isinstance(fisher_batch, bool) or not isinstance(fisher_batch, int | float) or not 0 < fisher_batch <= 1:

@@ -20,6 +20,10 @@ SHAPES = {
     "sua, blocks": KroneckerShape(outputs=5, inputs=5, offsets=2, bias=True, sua=True, input_block=4, output_block=3),
     "groups": KroneckerShape(outputs=2, inputs=2, offsets=3, groups=3, bias=True),
     "embedding": KroneckerShape(outputs=3, inputs=6, input_block=1),
+    "diagonal": KroneckerShape(outputs=4, inputs=3, bias=True, output_block=1),
+    "sua, diagonals": KroneckerShape(
+        outputs=3, inputs=2, offsets=3, bias=True, sua=True, input_block=1, output_block=1
+    ),
     "unit": KroneckerShape(outputs=1, inputs=2, groups=4, unit=True),
 }
 
@@ -31,8 +35,6 @@ def spd(*shape: int, generator: torch.Generator) -> Tensor:
 
 def random_factor(size: tuple[int, ...], width: int, generator: torch.Generator) -> Tensor:
     """With zeros past the ragged end."""
-    if len(size) == 1:
-        return torch.rand(size, generator=generator, dtype=torch.float64)
     factor = spd(*size, generator=generator)
     padding = -width % size[-1]
     if padding:

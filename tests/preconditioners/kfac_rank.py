@@ -17,6 +17,7 @@ import mfac_kernels as mk
 
 STEPS = 4
 STYLES = ["factored", "exact"]
+DIAGONAL = "diagonals"  # of some layers' factors
 TWO_LEVEL = [  # a coarse space and a combination
     "nicolaides,additive",
     "residual,corrected",
@@ -42,6 +43,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def train(model: nn.Module, style: str, rank: int, ranks: int, bad_at: int = -1) -> mk.KFAC:
     """``bad_at``: the step at which rank 0 has a batch that is not finite."""
     kind, options = mk.KFAC, {"damping_style": style}
+    if style == DIAGONAL:
+        options = {"output": {"*5": "diagonal"}, "input": {"*2": "diagonal"}}  # "module.5" with DDP
     if style in TWO_LEVEL:
         kind, options = mk.TwoLevelKFAC, dict(zip(("coarse_space", "combination"), style.split(","), strict=True))
     p = kind(model, 0.03, inv_update_steps=2, kl_clip=1e-2, **options)
@@ -85,7 +88,7 @@ def main(rank: int, ranks: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     found = {
-        **{style: joint(rank, ranks, style) for style in (*STYLES, *TWO_LEVEL)},
+        **{style: joint(rank, ranks, style) for style in (*STYLES, DIAGONAL, *TWO_LEVEL)},
         **{f"{style}, refused": joint(rank, ranks, style, bad_at=1) for style in ("factored", "residual,corrected")},
         **{f"{style}, rests": factors_of_half_a_model(rank, style) for style in STYLES},
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from mfac_kernels.fisher.jacobian import LayerMap
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.preconditioners.layers.forms import block_of
 
 Spatial = Literal["full", "sua"]
 Approximation = Literal["expand", "reduce"]
@@ -29,7 +30,10 @@ class Handle(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """Those of K-FAC that decide a layer's factors."""
+    """Those of K-FAC that decide a layer's factors.
+
+    ``inputs``, ``outputs``: block sizes by patterns of names, in place of ``input_block`` and ``output_block``.
+    """
 
     spatial: Spatial
     approximation: Approximation
@@ -37,6 +41,16 @@ class Options:
     output_block: int | None
     masked: bool = False
     normalization: Normalization = "unit"
+    inputs: Mapping[str, int | None] = field(default_factory=dict)
+    outputs: Mapping[str, int | None] = field(default_factory=dict)
+
+    def named(self, name: str) -> Options:
+        """Those of the module of this name."""
+        return replace(
+            self,
+            input_block=block_of(name, self.inputs, self.input_block),
+            output_block=block_of(name, self.outputs, self.output_block),
+        )
 
 
 @dataclass

@@ -82,4 +82,4 @@ def _layers_of(name: str, module: nn.Module, options: Options) -> Sequence[Layer
     kind = kind_of(module)
     if kind is None:
         return f"{type(module).__name__} is of no kind that has Kronecker factors"
-    return kind.of(name, module, options)
+    return kind.of(name, module, options.named(name))

@@ -1,0 +1,31 @@
+"""What K-FAC refuses, or says, of the layers that it found."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from mfac_kernels.preconditioners._gathering import is_gathered
+from mfac_kernels.preconditioners.layers.base import Layer
+from mfac_kernels.preconditioners.layers.find import ASKED
+
+
+def check_layers(layers: Sequence[Layer], skipped: Mapping[str, str]) -> None:
+    """ValueError: none, or on several devices. Warns of modules left alone unasked, and of layers taken twice."""
+    if not layers:
+        raise ValueError(f"model: expected layers to precondition, found none; left alone: {skipped}")
+    device = layers[0].weight.device
+    other = next((layer for layer in layers if layer.weight.device != device), None)
+    if other is not None:
+        raise ValueError(f"model: expected layers on one device, {device}, got {other.title} on {other.weight.device}")
+    unasked = {n: why for n, why in skipped.items() if why not in ASKED}
+    if unasked:
+        listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
+        warnings.warn(f"KFAC leaves the gradients of these modules as they are: {listed}", stacklevel=3)
+    twice = next((layer.title for layer in layers if is_gathered(layer)), None)
+    if twice is not None:
+        warnings.warn(
+            f"KFAC: another one is made for {twice}: both precondition its gradient unless remove_hooks() of the "
+            "first is called and its step() no longer",
+            stacklevel=3,
+        )
