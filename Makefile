@@ -14,7 +14,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench paper-fig1 paper-pruning paper-gptq lint sanitize simt cuda-check cuda-wheel gpu wheel clean
+.PHONY: help install demo test bench paper-fig1 paper-pruning paper-gptq gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
@@ -23,6 +23,7 @@ help:
 	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
 	@echo 'make paper-pruning  ResNet-20 on CIFAR-10 pruned to 50-95%: benchmarks/results/pruning.*; CHECKPOINT=file: that network'
 	@echo 'make paper-gptq  a small transformer, quantised and pruned on layer Hessians: benchmarks/results/quantised_transformer.*'
+	@echo 'make gpt2      K-FAC beside SGD on a GPT-2 of the transformers library: benchmarks/results/gpt2_kfac.*'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make simt      the op tests on the CUDA kernels, run on the CPU in three orders of threads'
@@ -94,6 +95,9 @@ paper-pruning: $(stamp) $(stamp)-demo
 
 paper-gptq: $(stamp)
 	$(bin)/python benchmarks/quantised_transformer.py --train-seconds $(TRAIN_SECONDS)
+
+gpt2: $(stamp) $(stamp)-bench
+	$(bin)/python benchmarks/gpt2_kfac.py
 
 # ---- checks ---------------------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ import math
 import platform
 import statistics
 import subprocess
-import sysconfig
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from source_bytes import sources, windows
 from torch import Tensor, nn
 
 from mfac_kernels.pruning import LayerHessian, gptq, round_to_nearest, sparsegpt
@@ -77,21 +77,6 @@ class Row:
     seconds: list[float] = field(default_factory=list)
 
 
-def sources() -> tuple[Tensor, Tensor]:
-    """The bytes to train on, and those held out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [p for p in sorted(root.rglob("*.py")) if not {"site-packages", "dist-packages", "test"} & {*p.parts}]
-    parts = [b"".join(p.read_bytes() for i, p in enumerate(files) if (i % 20 == 0) == held) for held in (False, True)]
-    train, held_out = (torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in parts)
-    return train, held_out
-
-
-def windows(data: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, CONTEXT + 1) bytes from random places."""
-    starts = torch.randint(len(data) - CONTEXT, (count, 1), generator=generator)
-    return data[starts + torch.arange(CONTEXT + 1)].long()
-
-
 def loss(model: nn.Module, batch: Tensor) -> Tensor:
     return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
@@ -104,7 +89,7 @@ def train(model: nn.Module, data: Tensor, seconds: float) -> int:
         rate = 3e-3 * min(1.0, steps / 50) * math.cos(math.pi / 2 * spent / seconds)
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        value = loss(model, windows(data, BATCH, generator))
+        value = loss(model, windows(data, BATCH, CONTEXT + 1, generator))
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -235,7 +220,7 @@ def main() -> None:
     print(f"float32: {dense.perplexities[0]:.4f}", flush=True)
     ways = methods(arguments.bits, arguments.group_size)
     for draw in range(arguments.draws):
-        calibration = windows(data, arguments.calibration, torch.Generator().manual_seed(1 + draw))
+        calibration = windows(data, arguments.calibration, CONTEXT + 1, torch.Generator().manual_seed(1 + draw))
         for row, compress in ways:
             begun = time.perf_counter()
             small = compressed(model, calibration, compress)

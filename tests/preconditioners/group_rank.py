@@ -67,6 +67,16 @@ def other_options(rank: int) -> Any:
     mk.KFAC(model(), group_size=2 if rank else None)
 
 
+def other_kind(rank: int) -> Any:
+    """Of the same factors' sizes and names, but that a kernel has offsets."""
+    mk.KFAC(nn.Sequential(nn.Conv1d(2, 3, 2) if rank else nn.Linear(4, 3)))
+
+
+def other_order(rank: int) -> Any:
+    layers = {"first": nn.Linear(3, 3), "second": nn.Conv1d(3, 3, 2)}
+    mk.KFAC(nn.ModuleDict(dict(reversed(layers.items()) if rank else layers.items())))
+
+
 def another(rank: int) -> Any:
     """After those that failed."""
     return factors(rank)
@@ -99,7 +109,11 @@ def one_rank_only(rank: int) -> Any:
         mk.KFAC(model())
 
 
-CASES = [default, alone, group, not_in_group, other_width, fewer_layers, other_options, another, paused, nothing]
+CASES = [
+    *(default, alone, group, not_in_group),
+    *(other_width, fewer_layers, other_options, other_kind, other_order, another),
+    *(paused, nothing),
+]
 
 
 def main(rank: int, ranks: int, rendezvous: str, out: str) -> None:

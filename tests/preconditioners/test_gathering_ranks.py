@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,10 +59,18 @@ def test_a_rank_that_is_not_in_the_group(found):
         assert 'process_group: expected "default", None or a group that this rank is in' in rank["not_in_group"]
 
 
-@pytest.mark.parametrize(("case", "name"), [("other_width", "0"), ("fewer_layers", "2"), ("other_options", "0")])
+OTHERS = [("other_width", "0"), ("fewer_layers", "2"), ("other_options", "0"), ("other_kind", "0")]
+
+
+@pytest.mark.parametrize(("case", "name"), OTHERS)
 def test_ranks_with_other_layers_say_which(found, case, name):
     for rank in found:
         assert f"KFAC: expected the same layers on all ranks of the process group; of {name}, rank " in rank[case]
+
+
+def test_ranks_with_layers_in_another_order_say_which(found):
+    for rank in found:
+        assert re.search("of (first|second), rank . has .* and rank . .*, in another order$", rank["other_order"])
 
 
 def test_one_rank_without_the_others(found):

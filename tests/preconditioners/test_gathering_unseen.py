@@ -259,6 +259,7 @@ LEFT = {
     "LSTM": (nn.LSTM(3, 2), "LSTM is of no kind that has Kronecker factors"),
     "GRU": (nn.GRU(3, 2), "GRU is of no kind that has Kronecker factors"),
     "RNNCell": (nn.RNNCell(3, 2), "RNNCell is of no kind that has Kronecker factors"),
+    "PReLU": (nn.PReLU(), "PReLU is of no kind"),
     "Bilinear": (nn.Bilinear(3, 3, 2), "Bilinear is of no kind"),
     "complex": (nn.Linear(3, 2, dtype=torch.complex64), "expected a real weight, got torch.complex64"),
     "lazy": (nn.LazyLinear(2), "its weight has no shape yet: call the model once before"),
