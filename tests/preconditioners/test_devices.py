@@ -19,6 +19,7 @@ KINDS = {
     "factored": {},
     "sua, groups": {"spatial": "sua", "group_size": 4},
     "reduce": {"approximation": "reduce", "group_size": (4, None)},
+    "diagonals": {"input": {"8": "diagonal", "6": "diagonal"}, "output": {"*": "diagonal"}},
     "exact": {"damping_style": "exact"},
     "eigen_correction": {"damping_style": "exact", "eigen_correction": True},
     "M-FAC": None,
