@@ -25,7 +25,7 @@ class CoveredLayer:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A module that has trained parameters and no factors. Those that other modules have too are counted with these."""
+    """A module that has trained parameters and no factors. Parameters that it shares count for each that has them."""
 
     name: str
     kind: str

@@ -107,8 +107,7 @@ class KFAC(Preconditioner):
     al., NeurIPS 2023.
 
     Raises:
-        TypeError, ValueError: an argument outside these ranges, a model without a layer to precondition, with layers on
-            several devices, or with one that is too large.
+        TypeError, ValueError: an argument outside these ranges; no layer, one too large, or layers on several devices.
         RuntimeError: ranks of the process group have other layers, or none in a minute.
     """
 
@@ -168,8 +167,9 @@ class KFAC(Preconditioner):
         self._layers, self.skipped_layers = find_layers(model, options, names)
         check_layers(self._layers, self.skipped_layers)
         dtype = torch.float64 if any(q.weight.dtype == torch.float64 for q in self._layers) else torch.float32
-        self._moments = 1 + eigen_correction if damping_style == "exact" else 0
-        check_memory(self._layers, dtype.itemsize, self._moments, max_layer_bytes)
+        moments = 1 + eigen_correction if damping_style == "exact" else 0
+        check_memory(self._layers, dtype.itemsize, moments, max_layer_bytes)
+        self._covered = covered(model, self._layers, self.skipped_layers, dtype.itemsize, moments)
         counting = Counting(
             loss_average=loss_average,
             sampled=fisher_type == "mc",
@@ -379,8 +379,8 @@ class KFAC(Preconditioner):
         return {"steps": self.steps, **self.fisher.diagnostics(), "layers_without_factors": without}
 
     def covered(self) -> Covered:
-        """The layers with factors, their form and MB; modules left alone, and why; the share of parameters covered."""
-        return covered(self._model, self._layers, self.skipped_layers, self.fisher.dtype.itemsize, self._moments)
+        """What has factors, of which form and size, and what has none, and why: a table, as at construction."""
+        return self._covered
 
     def __str__(self) -> str:
         return f"{type(self).__name__}: {self.covered()}"
