@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mfac_kernels import ops
-from mfac_kernels.preconditioners.coarse import Blocks
+from mfac_kernels.preconditioners.coarse import Blocks, compact, dot, peak
 
 _F64 = torch.float64
 
@@ -16,15 +16,24 @@ _F64 = torch.float64
 class Basis:
     """R0: blocks of shape (kinds, layers), each a row, or with ``by_layer`` false each kind one; scaled to max 1.
 
-    All products are with the scaled rows; a block that is zero, or of a layer that is not ``present`` (layers,), is
-    out. The scaled blocks are not formed. ``finite`` (), on the device: whether all that are in are.
+    All products are with the scaled rows, which are not formed. A block that is zero is out, and so are those of layers
+    that :meth:`restrict` leaves out.
+
+    Attributes:
+        finite: (), on the device: whether all blocks that are in are.
     """
 
-    def __init__(self, blocks: Sequence[Blocks], present: Tensor, by_layer: bool) -> None:
+    def __init__(self, blocks: Sequence[Blocks], by_layer: bool) -> None:
         self.blocks, self.by_layer = blocks, by_layer
-        peaks = torch.stack([torch.stack([b.abs().amax().to(_F64) for b in kind]) for kind in blocks])
-        peaks = torch.where(present, peaks, 0)
-        if not by_layer:
+        self._peaks = torch.stack([torch.stack([peak(b) for b in kind]) for kind in blocks]).to(_F64)
+        self._pairs = [(i, j) for i in range(len(blocks)) for j in range(i + 1)]
+        self._dots = torch.stack([_dots(blocks[i], blocks[j]) for i, j in self._pairs])
+        self.restrict(torch.ones_like(self._peaks[0], dtype=torch.bool))
+
+    def restrict(self, present: Tensor) -> None:
+        """To these layers, (layers,) bool."""
+        peaks = torch.where(present, self._peaks, 0)
+        if not self.by_layer:
             peaks = torch.where(present, peaks.amax(1, keepdim=True), 0)
         self.finite = peaks.isfinite().all()
         usable = peaks.isfinite() & (peaks > 0)
@@ -38,31 +47,27 @@ class Basis:
 
     def dots(self, x: Blocks) -> Tensor:
         """R0 x (rows,)."""
-        each = [torch.stack([_dot(b, y) for b, y in zip(kind, x, strict=True)]) for kind in self.blocks]
-        return self.columns([dots[None] for dots in each])[0]
+        return self.columns([_dots(kind, x)[None] for kind in self.blocks])[0]
 
     def gram(self) -> Tensor:
         """R0 R0^T (rows, rows)."""
         kinds, layers = len(self.blocks), self.scales.shape[1]
         each = torch.zeros(kinds, kinds, layers, dtype=_F64, device=self.scales.device)
-        for i in range(kinds):
-            for j in range(i + 1):
-                products = [_dot(a, b) for a, b in zip(self.blocks[i], self.blocks[j], strict=True)]
-                each[i, j] = each[j, i] = torch.stack(products)
+        for (i, j), dots in zip(self._pairs, self._dots, strict=True):
+            each[i, j] = each[j, i] = dots
         weights = self.scales[:, None] * self.scales[None]
         each = torch.where(weights > 0, each * weights, 0)
         if not self.by_layer:
             return each.sum(2)
         return torch.diag_embed(each, dim1=1, dim2=3).flatten(2, 3).flatten(0, 1)
 
-    def add_to(self, x: Blocks, beta: Tensor) -> Blocks:
-        """x + R0^T beta."""
+    def add_to_(self, x: Blocks, beta: Tensor, ok: Tensor) -> None:
+        """x <- x + R0^T beta, if ``ok``; else x stays, whatever the rows are."""
         each = beta.view(-1, self.scales.shape[1]) if self.by_layer else beta[:, None]
         each = torch.where(self.scales > 0, each * self.scales, 0)
-        sums = list(x)
         for kind, own in zip(self.blocks, each, strict=True):
-            sums = [torch.addcmul(y, b, c.to(y.dtype)) for y, b, c in zip(sums, kind, own, strict=True)]
-        return sums
+            for y, b, c in zip(x, kind, own, strict=True):
+                y.addcmul_(torch.where(ok, compact(b), 0), c.to(y.dtype))
 
 
 class CoarseMatrix:
@@ -88,5 +93,6 @@ class CoarseMatrix:
         return torch.where(self.ok & beta.isfinite().all(), beta, 0)
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(dtype=_F64)
+def _dots(x: Blocks, y: Blocks) -> Tensor:
+    """In each layer (layers,)."""
+    return torch.stack([dot(a, b) for a, b in zip(x, y, strict=True)]).to(_F64)

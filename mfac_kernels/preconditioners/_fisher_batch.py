@@ -95,7 +95,10 @@ class FisherBatch:
     def present(self, device: torch.device) -> Tensor:
         """(layers,): 1 where the step has all calls of a layer, else 0."""
         called = {call.layer for call, _ in self._calls} - self._left_out
-        return torch.tensor([float(i in called) for i in range(len(self._layers))], device=device)
+        present = torch.ones(len(self._layers), device=device)
+        for i in set(range(len(self._layers))) - called:
+            present[i].zero_()
+        return present
 
     @property
     def positions(self) -> list[int]:
@@ -115,8 +118,7 @@ class FisherBatch:
                     "between its backward pass and step()"
                 )
         parts = [
-            torch.as_tensor(rows.scale, dtype=torch.float64, device=device).expand(rows.samples)
-            for rows in self._passes.values()
+            torch.ones(rows.samples, dtype=torch.float64, device=device) * rows.scale for rows in self._passes.values()
         ]
         weights = torch.cat(parts) / len(self._homes) if parts else torch.zeros(0, dtype=torch.float64, device=device)
         if output_scale is not None:

@@ -27,14 +27,15 @@ def factorized_matrix(
     total = [0] * layers
     for call, count in zip(jacobian.calls, positions, strict=True):
         total[call.layer] += count
+    for call, count in zip(jacobian.calls, positions, strict=True):
         ones = torch.ones((), dtype=jacobian.dtype, device=jacobian.device).expand(jacobian.maps[call.layer].shape)
         a = call.inputs.to(jacobian.dtype) if call.inputs.is_floating_point() else call.inputs
         products = jacobian.maps[call.layer].forward(a, ones).double().flatten(1)
         channels = products.shape[1] * call.repeats // count
         rows = slice(call.first, call.first + call.samples)
         inputs[rows, call.layer] += products.sum(1).view(-1, call.repeats).sum(1) / channels
-        outputs[rows, call.layer] += call.gradients.double().flatten(1).sum(1).view(-1, call.repeats).sum(1)
-    outputs /= torch.tensor(total, dtype=torch.float64, device=jacobian.device).clamp_min(1)
+        sums = call.gradients.double().flatten(1).sum(1).view(-1, call.repeats).sum(1)
+        outputs[rows, call.layer] += sums / total[call.layer]
     of_inputs = inputs.mT @ inputs / max(1, jacobian.samples)
     of_outputs = outputs.mT @ (weights[:, None] * outputs)
     average([of_inputs, of_outputs])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,14 +36,12 @@ class Step:
         fisher: factors and inverses of the layers: ``factors(layer)``, ``shapes``.
         gradients, update: the gradients, and what K-FAC makes of them.
         residual: gradients - F update; only where :attr:`CoarseSpace.needs_residual` is set.
-        refreshed: whether the inverses are new in this step.
     """
 
     fisher: KroneckerFisher
     gradients: Blocks
     update: Blocks
     residual: Blocks | None
-    refreshed: bool
 
     def inverse(self, blocks: Blocks) -> Blocks:
         """M times blocks: K-FAC's damped inverse of each layer."""
@@ -61,26 +58,21 @@ class CoarseSpace(ABC):
         preconditioner = mk.TwoLevelKFAC(model, coarse_space=SignedGradient())
 
     A row may be of any scale, and of zeros: it then counts for nothing. Rows that depend on each other make the coarse
-    matrix singular, and the step is K-FAC's. A block whose rows are one (``expand``) is the cheapest.
+    matrix singular, and the step is K-FAC's. A block that is one number (``expand``) is the cheapest.
 
     Attributes:
         needs_residual: whether :meth:`rows` reads ``step.residual``, which costs a weight's gradient.
+        of_inverses: whether rows depend on the factors and their inverses alone: they are kept until these are new.
         by_layer: each block is a row of R0, zero in other layers; else all blocks together are one row.
     """
 
     needs_residual = False
+    of_inverses = False
     by_layer = True
 
     @abstractmethod
     def rows(self, step: Step) -> Sequence[Blocks]:
         """As many times as there are rows for each layer: a block for each."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resume needs: what :meth:`rows` keeps from one step to the next."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027  (most keep nothing)
-        """Load a :meth:`state_dict`."""
 
 
 def _ones(gradients: Blocks) -> Blocks:
@@ -89,6 +81,8 @@ def _ones(gradients: Blocks) -> Blocks:
 
 class Nicolaides(CoarseSpace):
     """Ones: the mean of each layer (Nicolaides, SIAM J. Numer. Anal. 1987)."""
+
+    of_inverses = True
 
     def rows(self, step: Step) -> Sequence[Blocks]:
         return [_ones(step.gradients)]
@@ -107,9 +101,11 @@ class Residual(CoarseSpace):
 class KrylovNicolaides(CoarseSpace):
     """Ones, and M times them."""
 
+    of_inverses = True
+
     def rows(self, step: Step) -> Sequence[Blocks]:
         ones = _ones(step.gradients)
-        return [ones, _apart(step.inverse(ones), ones)]
+        return [ones, _apart_(step.inverse(ones), ones)]
 
 
 class KrylovResidual(CoarseSpace):
@@ -120,25 +116,16 @@ class KrylovResidual(CoarseSpace):
     def rows(self, step: Step) -> Sequence[Blocks]:
         assert step.residual is not None
         first = step.inverse(step.residual)
-        return [first, _apart(step.inverse(first), first)]
+        return [first, _apart_(step.inverse(first), first)]
 
 
 class Spectral(CoarseSpace):
-    """Eigenvectors of the smallest eigenvalues of both factors, computed when the inverses are."""
+    """Eigenvectors of the smallest eigenvalues of both factors."""
 
-    def __init__(self) -> None:
-        self._rows: Blocks = []
+    of_inverses = True
 
     def rows(self, step: Step) -> Sequence[Blocks]:
-        if step.refreshed or not self._rows:
-            self._rows = step.fisher.smallest_eigenvectors()
-        return [self._rows]
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"rows": self._rows}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._rows = [row.clone() for row in state_dict["rows"]]
+        return [step.fisher.smallest_eigenvectors()]
 
 
 class FixedSpace(CoarseSpace):
@@ -167,13 +154,29 @@ COARSE_SPACES: dict[str, Callable[[], CoarseSpace]] = {
 }
 
 
-def _apart(second: Blocks, first: Blocks) -> Blocks:
-    """The second blocks less what they have of the first ones: the same space. Zero where nothing else is left."""
-    rest = []
+def _apart_(second: Blocks, first: Blocks) -> Blocks:
+    """The second blocks, less what they have of the first ones: the same space. Zero where nothing else is left."""
     for y, x in zip(second, first, strict=True):
-        x, y = x.double(), y.double()
-        norm = x.square().sum()
-        z = y - (x * y).sum() / torch.where(norm > 0, norm, 1) * x
-        least = 64 * torch.finfo(second[0].dtype).eps
-        rest.append(torch.where(z.abs().amax() > least * y.abs().amax(), z, 0).to(second[0].dtype))
-    return rest
+        norm, least = dot(x, x), 64 * torch.finfo(y.dtype).eps * peak(y)
+        y.addcmul_(compact(x), -dot(x, y) / torch.where(norm > 0, norm, 1))
+        y.mul_(peak(y) > least)
+    return second
+
+
+def compact(x: Tensor) -> Tensor:
+    """x; of one that is a number, expanded, that number (1, 1)."""
+    return x if any(x.stride()) else x[:1, :1]
+
+
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """The product of two blocks, summed over all elements, ()."""
+    if not any(x.stride()):
+        return compact(x)[0, 0] * y.sum()
+    product: Tensor = torch.linalg.vecdot(x.reshape(-1), y.reshape(-1))
+    return product
+
+
+def peak(x: Tensor) -> Tensor:
+    """The largest absolute value of a block, (); NaN if it has one."""
+    least, most = torch.aminmax(compact(x))
+    return torch.maximum(-least, most)

@@ -94,6 +94,7 @@ class TwoLevelKFAC(KFAC):
         self._omega()
         self._batch = FisherBatch(self._layers, self._gatherer.counting, fisher_batch)
         self._gatherer.kept = self._batch
+        self._basis: Basis | None = None
         device = self.fisher.refused.device
         self._gain = torch.zeros((), dtype=torch.float64, device=device)
         self._fallbacks = torch.zeros((), dtype=torch.int64, device=device)
@@ -137,7 +138,9 @@ class TwoLevelKFAC(KFAC):
             return update
         device = self.fisher.refused.device
         jacobian = self._batch.jacobian(self._output_scale(), self.fisher.dtype, device)
-        return _Correction(self, jacobian, gradients, update, refreshed).run()
+        if refreshed:
+            self._basis = None
+        return _Correction(self, jacobian, gradients, update).run()
 
     def _omega(self) -> float:
         omega = self._at_step("omega")
@@ -158,15 +161,18 @@ class TwoLevelKFAC(KFAC):
         """
         if not self._batch.empty:
             raise RuntimeError("TwoLevelKFAC: state_dict() was called between a backward pass and its step()")
-        own = {"space": self.coarse_space.state_dict(), "gain": self._gain, "fallbacks": self._fallbacks}
+        rows = None if self._basis is None else self._basis.blocks
+        own = {"rows": rows, "gain": self._gain, "fallbacks": self._fallbacks}
         return {**super().state_dict(), "coarse": own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_entries("state_dict", ("coarse",), state_dict)
         own = state_dict["coarse"]
-        check_entries("state_dict['coarse']", ("space", "gain", "fallbacks"), own)
+        check_entries("state_dict['coarse']", ("rows", "gain", "fallbacks"), own)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "coarse"})
-        self.coarse_space.load_state_dict(own["space"])
+        rows = own["rows"]
+        kept = None if rows is None else [[b.to(self._gain.device) for b in kind] for kind in rows]
+        self._basis = None if kept is None else Basis(kept, self.coarse_space.by_layer)
         self._gain = own["gain"].to(self._gain).clone()
         self._fallbacks = own["fallbacks"].to(self._fallbacks).clone()
 
@@ -174,11 +180,8 @@ class TwoLevelKFAC(KFAC):
 class _Correction:
     """One step of the coarse level."""
 
-    def __init__(
-        self, owner: TwoLevelKFAC, jacobian: JacobianProduct, gradients: Blocks, update: Blocks, refreshed: bool
-    ) -> None:
+    def __init__(self, owner: TwoLevelKFAC, jacobian: JacobianProduct, gradients: Blocks, update: Blocks) -> None:
         self.owner, self.jacobian, self.gradients, self.update = owner, jacobian, gradients, update
-        self.refreshed = refreshed
         self.damping = owner.fisher.damping
         self.weights = torch.as_tensor(jacobian.weights, dtype=torch.float64, device=jacobian.device)
 
@@ -187,9 +190,9 @@ class _Correction:
         present = owner._batch.present(self.jacobian.device)
         ranks.average([present])
         seen = self.jacobian.jvp(self.update)  # J M g
-        residual = self._residual(self.update, seen) if space.needs_residual else None
-        step = Step(owner.fisher, self.gradients, self.update, residual, self.refreshed)
-        self.basis = Basis(space.rows(step), present > 0, space.by_layer)
+        self.basis = owner._basis or Basis(space.rows(self._step(seen)), space.by_layer)
+        owner._basis = self.basis if space.of_inverses else None
+        self.basis.restrict(present > 0)
         self.columns = self.basis.columns([self.jacobian.layer_jvp(kind) for kind in self.basis.blocks])  # J R0^T
         exact = self.columns.mT @ (self.weights[:, None] * self.columns)
         ranks.average([exact])
@@ -200,9 +203,10 @@ class _Correction:
         right = self.basis.dots(self.gradients)  # R0 g
         if owner.combination == "balanced":
             beta = self.matrix.solve(right)
-            coarse = self.basis.add_to([torch.zeros_like(x) for x in base], beta)
-            corrected = self._residual(coarse, self.columns @ beta)  # (I - F Q) g
-            base = [torch.where(self.matrix.ok, y, x) for y, x in zip(owner.fisher.ihvp(corrected), base, strict=True)]
+            coarse = [torch.zeros_like(x) for x in base]
+            self.basis.add_to_(coarse, beta, self.matrix.ok)
+            rest = self._residual(coarse, self.columns @ beta)  # (I - F Q) g
+            base = [torch.where(self.matrix.ok, y, x) for y, x in zip(owner.fisher.ihvp(rest), base, strict=True)]
             seen = self.jacobian.jvp(base)
         left = right - self._coarse_product(base, seen)  # R0 (g - F base)
         solver = CoarseMatrix(self._factorized_matrix()) if owner._factorized else self.matrix
@@ -210,17 +214,21 @@ class _Correction:
         gain = 2 * (beta @ left) - beta @ (self.matrix.matrix @ beta)
         owner._gain = torch.where(gain.isfinite(), gain, 0)
         owner._fallbacks += (~solver.ok).long()
-        return self.basis.add_to(base, beta)
+        self.basis.add_to_(base, beta, solver.ok)
+        return base
+
+    def _step(self, seen: Tensor) -> Step:
+        """What the space's rows are made from; nothing holds it but them."""
+        residual = self._residual(self.update, seen) if self.owner.coarse_space.needs_residual else None
+        return Step(self.owner.fisher, self.gradients, self.update, residual)
 
     def _residual(self, x: Blocks, seen: Tensor) -> Blocks:
-        """g - F x, given J x; x itself in place of what is not finite."""
-        finite = seen.isfinite().all()
-        w = torch.where(finite, seen * self.weights, 0)
-        product = self.jacobian.vjp(w.to(self.jacobian.dtype))
+        """g - F x, given J x."""
+        product = self.jacobian.vjp(seen * self.weights)
         self.owner._ranks.average(product)
-        for block, own in zip(product, x, strict=True):
-            block.add_(own, alpha=self.damping)
-        return [torch.where(finite, g - p, g) for g, p in zip(self.gradients, product, strict=True)]
+        for p, g, y in zip(product, self.gradients, x, strict=True):
+            p.add_(y, alpha=self.damping).neg_().add_(g)
+        return product
 
     def _coarse_product(self, x: Blocks, seen: Tensor) -> Tensor:
         """R0 F x, given J x."""

@@ -55,6 +55,21 @@ def test_a_sampling_pass_that_is_not_finite_leaves_the_step_of_kfac(space):
     assert (p.diagnostics()["coarse_fallbacks"], p.diagnostics()["skipped"]) == (1, 1)
 
 
+def test_rows_that_are_not_finite_leave_the_step_of_kfac():
+    class Broken(mk.CoarseSpace):
+        def rows(self, step):
+            return [[torch.full_like(g, math.nan) if i == 1 else g for i, g in enumerate(step.gradients)]]
+
+    (plain, k), (net, p) = twins(coarse_space=Broken())
+    _, x = build("linear")
+    for module, preconditioner in ((plain, k), (net, p)):
+        loss_of(module, x).backward()
+        preconditioner.step()
+    for a, b in zip(plain.parameters(), net.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
+    assert (p.diagnostics()["coarse_fallbacks"], p.diagnostics()["coarse_gain"]) == (1, 0)
+
+
 def test_layers_that_rest_and_rows_of_zeros_count_for_nothing():
     a, b, c = (nn.Linear(3, 3).double() for _ in range(3))
     net = nn.ModuleList([a, b, c])
@@ -65,6 +80,25 @@ def test_layers_that_rest_and_rows_of_zeros_count_for_nothing():
     assert c.weight.grad is None
     d = p.diagnostics()
     assert d["coarse_fallbacks"] == 0 and d["coarse_gain"] > 0
+
+
+def test_rows_of_the_inverses_are_made_when_these_are():
+    class Counted(mk.CoarseSpace):
+        of_inverses, calls = True, 0
+
+        def rows(self, step):
+            self.calls += 1
+            return [step.inverse([torch.ones_like(g) for g in step.gradients])]
+
+    space = Counted()
+    net, x = build("linear")
+    p = mk.TwoLevelKFAC(net, DAMPING, coarse_space=space, inv_update_steps=3)
+    for step in range(7):
+        net.zero_grad()
+        loss_of(net, x).backward()
+        p.step()
+        assert space.calls == step // 3 + 1
+        assert p.diagnostics()["coarse_gain"] > 0
 
 
 def test_factors_rest_and_the_correction_goes_on():
