@@ -80,8 +80,12 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
         flops: float = 0,
         read: Callable[[], object] | None = None,
         calls: int = 1,
+        megabytes: dict[str, float] | None = None,
     ) -> None:
-        """`others` are the baselines; `read` reads the `bytes_moved` once or more and tells what the memory gives."""
+        """`others` are the baselines; `read` reads the `bytes_moved` once or more and tells what the memory gives.
+
+        megabytes: what each takes, if that is known.
+        """
         on_cuda = request.config.getoption("--device") == "cuda"
         timer = request.getfixturevalue("cuda_timer") if on_cuda else lambda work: _seconds(work, calls)
         benchmark = None if on_cuda else request.getfixturevalue("benchmark")
@@ -119,6 +123,8 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
             "ratios": {name: medians[name] / seconds for name in others},
             "gates": gates or {},
         }
+        if megabytes:
+            row["MB"] = megabytes
         if bytes_moved:
             row["GB/s"] = bytes_moved / seconds / 1e9
         if flops:
@@ -136,10 +142,13 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     ceiling = "copy" if any("share of copy bandwidth" in row for row in rows) else "read"
+    with_memory = any("MB" in row for row in rows)
     lines = [
         f"| kernel | case | ms | GB/s or GFLOP/s | share of {ceiling} bandwidth | ratio to | gate |",
         "|---|---|---|---|---|---|---|",
     ]
+    if with_memory:
+        lines = [lines[0] + " MB |", lines[1] + "---|"]
     for row in rows:
         rate = f"{row['GB/s']:.1f} GB/s" if "GB/s" in row else ""
         rate = f"{row['GFLOP/s']:.0f} GFLOP/s" if "GFLOP/s" in row else rate
@@ -147,6 +156,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         ratios = "; ".join(f"{name}: {ratio:.2f}x" for name, ratio in row["ratios"].items())
         gates = "; ".join(f"{gate:g}x" for gate in row["gates"].values())
         cells = [row["kernel"], row["case"], f"{row['ms']:.3f}", rate, f"{share:.0%}" if share else "", ratios, gates]
+        if with_memory:
+            cells.append("; ".join(f"{name}: {size:.1f}" for name, size in row.get("MB", {}).items()))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

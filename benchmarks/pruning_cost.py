@@ -20,6 +20,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from peak_memory import watch
 from torch import Tensor
 
 import mfac_kernels as mk
@@ -126,8 +127,7 @@ def run(contender: str, d: int, m: int, block: int | None, dtype: str, threads: 
     for row in g:
         row.normal_(std=d**-0.5)
     w = torch.randn(d)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = memory("VmRSS")
+    taken = watch()
     started = time.perf_counter()
     if contender.startswith("ours"):
         fisher = mk.StaticFisher(g, DAMPING, block_size=block)
@@ -139,13 +139,8 @@ def run(contender: str, d: int, m: int, block: int | None, dtype: str, threads: 
     return {
         "seconds": time.perf_counter() - started,
         "build": built - started,
-        "gigabytes": (memory("VmHWM") - before) / 1e9,
+        "gigabytes": taken() / 1e9,
     }
-
-
-def memory(entry: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
 def refused(contender: str, d: int, m: int, block: int | None, dtype: str, limits: argparse.Namespace) -> str:

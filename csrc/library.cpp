@@ -38,9 +38,16 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
   // Kronecker factors: factor <- beta factor + alpha sum over rows of w row row^T. factor (D, D); its diagonal blocks (g, s, s), the last
   // one ragged, zero past its end; or one matrix per group (groups, D, D). beta = 0: factor is not read. refused (1,) int32: if given, a
   // batch that is not finite sets it to 1 and leaves factor as it is. allow_tf32: tensor cores may round float32 rows to TF32.
+  //
+  // offsets (groups + 1), int32 or int64: x is (T, D), factor[g] (groups, D, D) takes the rows [offsets[g], offsets[g + 1]) alone, and
+  // refused is (groups,). betas and alphas, float64, one value or one for each group, take the place of beta and alpha.
   m.def(
       "linear_factor_(Tensor(a!) factor, Tensor x, Tensor? weights, bool bias, float beta, float alpha, Tensor(b!)? refused, bool "
-      "allow_tf32=False) -> ()");
+      "allow_tf32=False, Tensor? offsets=None, Tensor? betas=None, Tensor? alphas=None) -> ()");
+  // Pairs of a factor and rows, each as above; refused, betas and alphas have a value for each.
+  m.def(
+      "grouped_linear_factor_(Tensor(a!)[] factors, Tensor[] x, Tensor?[] weights, bool[] bias, float beta, float alpha, Tensor(b!)? "
+      "refused, bool allow_tf32=False, Tensor? betas=None, Tensor? alphas=None) -> ()");
   m.def(
       "conv_factor_(Tensor(a!) factor, Tensor x, int[] kernel_size, int[] stride, int[] padding_before, int[] padding_after, int[] "
       "dilation, "

@@ -231,6 +231,28 @@ def _(inputs: Inputs) -> Iterator[Arguments]:
         refused = inputs.zeros(1, dtype=torch.int32)
         yield factor, inputs.normal(7, 50, 129, dtype=dtype), weights, True, 0.9, 0.1, refused
     yield inputs.spd(3, 50, dtype=torch.float32), inputs.normal(333, 129), None, False, 0.9, 0.1, None
+    for dtype, integer in zip(
+        DTYPES, (torch.int64, torch.int32, torch.int64, torch.int32), strict=True
+    ):  # ragged groups
+        accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        x, weights = inputs.normal(1200, 72, dtype=dtype), inputs.normal(1200, dtype=accumulator)
+        offsets = torch.tensor([3, 40, 40, 1180, 1190], dtype=integer).to(inputs.device)
+        scales = inputs.zeros(4) + 0.9, inputs.zeros(1) + 0.1
+        factors, refused = inputs.spd(4, 73, dtype=accumulator), inputs.zeros(4, dtype=torch.int32)
+        yield factors, x, weights, True, 1.0, 1.0, refused, False, offsets, *scales
+
+
+@samples_of("grouped_linear_factor_")
+def _(inputs: Inputs) -> Iterator[Arguments]:
+    sizes, dtypes = [(1100, 20), (3, 65), (7, 129), (0, 5), *[(40, 8)] * 10], DTYPES * 4
+    for scales in ((None, None), (inputs.zeros(14) + 0.9, inputs.zeros(1) + 0.1)):
+        x = [inputs.normal(*size, dtype=dtype) for size, dtype in zip(sizes, dtypes, strict=False)]
+        kinds = [torch.float64 if t.dtype == torch.float64 else torch.float32 for t in x]
+        bias, pairs = [True, False] * 7, list(zip(x, kinds, strict=True))
+        factors = [inputs.spd(t.shape[1] + one, dtype=kind) for (t, kind), one in zip(pairs, bias, strict=True)]
+        weights = [None if i % 3 else inputs.normal(len(t), dtype=kind) for i, (t, kind) in enumerate(pairs)]
+        refused = inputs.zeros(14, dtype=torch.int32)
+        yield factors, x, weights, bias, 0.9, 0.1, None if scales[0] is None else refused, False, *scales
 
 
 @samples_of("conv_factor_")

@@ -3,8 +3,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "common/checks.h"
@@ -15,29 +17,49 @@ namespace mfac_kernels {
 // The type of sums of products of x.
 inline ScalarType accumulator_of(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
+// A number or, in its place, a tensor of one value for all of `count` factors or one for each. What a tensor holds is not looked at.
+inline Scale check_scale(const char* op, const char* name, double number, const std::optional<Tensor>& values = std::nullopt,
+                         int64_t count = 1) {
+  check(std::isfinite(number), op, ": ", name, ": expected a finite number, got ", number);
+  if (!values) return {number};
+  check(values->scalar_type() == ScalarType::Double, op, ": ", name, ": expected Double, got ",
+        torch::headeronly::toString(values->scalar_type()));
+  check(values->numel() == 1 || values->numel() == count, op, ": ", name, ": expected 1 or ", count, " values, got ", values->numel());
+  check(values->is_contiguous(), op, ": ", name, ": expected a contiguous tensor");
+  return {number, static_cast<const double*>(values->const_data_ptr()), values->numel() == 1 ? 0 : 1};
+}
 inline void check_scales(const char* op, double beta, double alpha) {
-  check(std::isfinite(beta), op, ": beta: expected a finite number, got ", beta);
-  check(std::isfinite(alpha), op, ": alpha: expected a finite number, got ", alpha);
+  check_scale(op, "beta", beta);
+  check_scale(op, "alpha", alpha);
 }
 
-inline int32_t* check_refused(const char* op, const std::optional<Tensor>& refused) {
+// A flag for each factor
+inline int32_t* check_refused(const char* op, const std::optional<Tensor>& refused, int64_t count = 1) {
   if (!refused) return nullptr;
-  check_state(op, "refused", *refused, ScalarType::Int, {1});
+  check_state(op, "refused", *refused, ScalarType::Int, {count});
   return static_cast<int32_t*>(refused->mutable_data_ptr());
 }
 
+// A whole factor for each of `groups` groups of `columns` columns and a bias
+inline Factor check_factors(const char* op, const Tensor& factor, DType x, int64_t groups, int64_t columns, bool bias,
+                            const char* name = "factor") {
+  const int64_t features = columns + bias;
+  check_state(op, name, factor, accumulator_of(x), {groups, features, features});
+  return {factor.mutable_data_ptr(), x == DType::f64 ? DType::f64 : DType::f32, groups, groups, features, features, bias};
+}
+
 // The factor of `groups` groups of `columns` columns and a bias each.
-inline Factor check_factor(const char* op, const Tensor& factor, DType x, int64_t groups, int64_t columns, bool bias) {
+inline Factor check_factor(const char* op, const Tensor& factor, DType x, int64_t groups, int64_t columns, bool bias,
+                           const char* name = "factor") {
+  if (groups > 1) return check_factors(op, factor, x, groups, columns, bias, name);
   const ScalarType dtype = accumulator_of(x);
   const int64_t features = columns + bias;
-  if (groups > 1) {
-    check_state(op, "factor", factor, dtype, {groups, features, features});
-  } else if (factor.dim() == 3) {
-    const int64_t size = factor.size(1), blocks = size > 0 ? (features + size - 1) / size : 0;
-    check(size > 0, op, ": factor: expected blocks of at least one row, got shape ", shape(factor));
-    check_state(op, "factor", factor, dtype, {blocks, size, size});
+  if (factor.dim() == 3) {
+    const int64_t size = factor.size(1), blocks = size > 0 ? divide_up(features, size) : 0;
+    check(size > 0, op, ": ", name, ": expected blocks of at least one row, got shape ", shape(factor));
+    check_state(op, name, factor, dtype, {blocks, size, size});
   } else {
-    check_state(op, "factor", factor, dtype, {features, features});
+    check_state(op, name, factor, dtype, {features, features});
   }
   const bool dense = factor.dim() == 2;
   return {factor.mutable_data_ptr(),
@@ -47,6 +69,16 @@ inline Factor check_factor(const char* op, const Tensor& factor, DType x, int64_
           dense ? features : factor.size(1),
           features,
           bias};
+}
+
+// offsets (groups + 1): group g has the rows [offsets[g], offsets[g + 1]) of x (T, D). Returns them contiguous; only their device knows
+// the values.
+inline Tensor check_offsets(const char* op, const Tensor& offsets, const Tensor& x) {
+  check(offsets.scalar_type() == ScalarType::Int || offsets.scalar_type() == ScalarType::Long, op,
+        ": offsets: expected int32 or int64, got ", torch::headeronly::toString(offsets.scalar_type()));
+  check(offsets.dim() == 1 && offsets.size(0) > 0, op, ": offsets: expected shape (groups + 1,), got ", shape(offsets));
+  check(x.dim() == 2, op, ": x: expected 2 dimensions, as there are offsets, got shape ", shape(x));
+  return torch::stable::contiguous(offsets);
 }
 
 // The rows of x (..., D), its leading dimensions merged where strides allow. x is replaced by a contiguous copy if more than four remain.
@@ -101,14 +133,55 @@ inline void check_cross(const char* op, const Tensor& x, const Tensor& y) {
 }
 
 // One weight per row of x (..., D), in the order of the rows; of the factor's type. Returns them contiguous.
-inline std::optional<Tensor> check_weights(const char* op, const std::optional<Tensor>& weights, const Tensor& x, DType dtype) {
+inline std::optional<Tensor> check_weights(const char* op, const std::optional<Tensor>& weights, const Tensor& x, DType dtype,
+                                           const char* name = "weights") {
   if (!weights) return std::nullopt;
   const ScalarType expected = accumulator_of(dtype);
-  check(weights->scalar_type() == expected, op, ": weights: expected ", torch::headeronly::toString(expected), ", got ",
+  check(weights->scalar_type() == expected, op, ": ", name, ": expected ", torch::headeronly::toString(expected), ", got ",
         torch::headeronly::toString(weights->scalar_type()));
-  check(weights->dim() == x.dim() - 1 && same_leading_shape(*weights, weights->dim(), x), op,
-        ": weights: expected the leading shape of x, got ", shape(*weights), " for x of shape ", shape(x));
+  check(weights->dim() == x.dim() - 1 && same_leading_shape(*weights, weights->dim(), x), op, ": ", name,
+        ": expected the leading shape of x, got ", shape(*weights), " for x of shape ", shape(x));
   return torch::stable::contiguous(*weights);
+}
+
+// What is added to a factor: rows, and their weights or null
+struct LinearRows {
+  Patches patches;
+  const void* weights;
+};
+
+// Pairs of a factor and rows; x and weights are replaced by what the pairs point to.
+struct LinearPair {
+  LinearRows rows;
+  Factor factor;
+};
+inline std::vector<LinearPair> check_pairs(const char* op, const std::vector<Tensor>& factors, std::vector<Tensor>& x,
+                                           std::vector<std::optional<Tensor>>& weights, const std::vector<bool>& bias) {
+  const auto check_length = [&](const char* name, size_t length) {
+    check(length == factors.size(), op, ": ", name, ": expected ", factors.size(), ", as factors has, got ", length);
+  };
+  check_length("x", x.size());
+  check_length("weights", weights.size());
+  check_length("bias", bias.size());
+  std::vector<LinearPair> pairs;
+  std::vector<size_t> order;
+  for (size_t i = 0; i < factors.size(); ++i) {
+    const auto named = [i](const char* list) { return std::string(list) + '[' + std::to_string(i) + ']'; };
+    LinearPair pair = {};
+    pair.rows.patches = check_matrix(op, named("x").c_str(), x[i]);
+    weights[i] = check_weights(op, weights[i], x[i], pair.rows.patches.dtype, named("weights").c_str());
+    if (weights[i]) pair.rows.weights = weights[i]->const_data_ptr();
+    pair.factor = check_factor(op, factors[i], pair.rows.patches.dtype, 1, pair.rows.patches.channels, bias[i], named("factors").c_str());
+    pairs.push_back(pair);
+    if (factors[i].numel() > 0) order.push_back(i);
+  }
+  // All are written at the same time.
+  const auto begin = [&](size_t i) { return static_cast<const char*>(pairs[i].factor.data); };
+  std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return begin(a) < begin(b); });
+  for (size_t i = 1; i < order.size(); ++i)
+    check(begin(order[i - 1]) + factors[order[i - 1]].numel() * factors[order[i - 1]].element_size() <= begin(order[i]), op, ": factors[",
+          std::max(order[i - 1], order[i]), "]: expected memory of its own, got some of factors[", std::min(order[i - 1], order[i]), ']');
+  return pairs;
 }
 
 inline void check_list(const char* op, const char* name, const std::vector<int64_t>& list, int64_t count, int64_t least) {

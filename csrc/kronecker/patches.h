@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 
+#include "common/sizes.h"
 #include "common/types.h"
 
 namespace mfac_kernels {
@@ -48,6 +49,17 @@ struct Factor {
   int64_t groups, blocks, size;
   int64_t features;  // of one group, with the bias, which comes last
   bool bias;
+};
+
+// beta or alpha of several factors: a number, or values in memory, on the device for its kernels: one for each factor, or (step 0) one for
+// all.
+struct Scale {
+  double number = 1;
+  const double* values = nullptr;
+  int64_t step = 0;
+
+  MFAC_HOST_DEVICE double of(int64_t factor) const { return values ? values[factor * step] : number; }
+  Scale from(int64_t factor) const { return {number, values ? values + factor * step : nullptr, step}; }
 };
 
 }  // namespace mfac_kernels

@@ -26,6 +26,7 @@ from mfac_kernels.ops.kronecker import (
     conv3d_factor_,
     cross_factor,
     embedding_factor_,
+    grouped_linear_factor_,
     linear_factor_,
 )
 from mfac_kernels.ops.lags import conv2d_expand_, conv2d_lags_, conv2d_lags_size
@@ -68,6 +69,7 @@ __all__ = [
     "gram",
     "grouped_cholesky_inverse_ex",
     "grouped_cholesky_inverse_factor_ex",
+    "grouped_linear_factor_",
     "inverse_diagonal",
     "linear_factor_",
     "matmul_block_diagonal",

@@ -17,26 +17,40 @@ def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def check_scale(op: str, name: str, number: float, values: Tensor | None = None, count: int = 1) -> None:
+    check(math.isfinite(number), f"{op}: {name}: expected a finite number, got {number:g}")
+    if values is not None:
+        check(values.dtype == torch.float64, f"{op}: {name}: expected Double, got {type_text(values.dtype)}")
+        check(values.numel() in (1, count), f"{op}: {name}: expected 1 or {count} values, got {values.numel()}")
+        check(values.is_contiguous(), f"{op}: {name}: expected a contiguous tensor")
+
+
 def check_scales(op: str, beta: float, alpha: float) -> None:
-    check(math.isfinite(beta), f"{op}: beta: expected a finite number, got {beta:g}")
-    check(math.isfinite(alpha), f"{op}: alpha: expected a finite number, got {alpha:g}")
+    check_scale(op, "beta", beta)
+    check_scale(op, "alpha", alpha)
 
 
-def check_refused(op: str, refused: Tensor | None) -> None:
+def check_refused(op: str, refused: Tensor | None, count: int = 1) -> None:
     if refused is not None:
-        check_state(op, "refused", refused, torch.int32, (1,))
+        check_state(op, "refused", refused, torch.int32, (count,))
 
 
-def check_factor(op: str, factor: Tensor, x: Tensor, groups: int, columns: int, bias: bool) -> None:
+def _check_factors(op: str, factor: Tensor, x: Tensor, groups: int, columns: int, bias: bool) -> None:
+    check_state(op, "factor", factor, accumulator(x), (groups, columns + bias, columns + bias))
+
+
+def check_factor(
+    op: str, factor: Tensor, x: Tensor, groups: int, columns: int, bias: bool, name: str = "factor"
+) -> None:
     dtype, features = accumulator(x), columns + bias
     if groups > 1:
-        check_state(op, "factor", factor, dtype, (groups, features, features))
+        _check_factors(op, factor, x, groups, columns, bias)
     elif factor.dim() == 3:
         size = factor.shape[1]
-        check(size > 0, f"{op}: factor: expected blocks of at least one row, got shape {shape_text(factor.shape)}")
-        check_state(op, "factor", factor, dtype, (-(-features // size), size, size))
+        check(size > 0, f"{op}: {name}: expected blocks of at least one row, got shape {shape_text(factor.shape)}")
+        check_state(op, name, factor, dtype, (-(-features // size), size, size))
     else:
-        check_state(op, "factor", factor, dtype, (features, features))
+        check_state(op, name, factor, dtype, (features, features))
 
 
 def _check_matrix(op: str, name: str, x: Tensor) -> None:
@@ -44,16 +58,28 @@ def _check_matrix(op: str, name: str, x: Tensor) -> None:
     check_dtype(op, name, x)
 
 
-def _check_weights(op: str, weights: Tensor | None, x: Tensor) -> None:
+def _check_weights(op: str, weights: Tensor | None, x: Tensor, name: str = "weights") -> None:
     if weights is None:
         return
     expected = accumulator(x)
-    check(weights.dtype == expected, f"{op}: weights: expected {type_text(expected)}, got {type_text(weights.dtype)}")
+    check(weights.dtype == expected, f"{op}: {name}: expected {type_text(expected)}, got {type_text(weights.dtype)}")
     check(
         weights.shape == x.shape[:-1],
-        f"{op}: weights: expected the leading shape of x, got {shape_text(weights.shape)} for x of shape "
+        f"{op}: {name}: expected the leading shape of x, got {shape_text(weights.shape)} for x of shape "
         f"{shape_text(x.shape)}",
     )
+
+
+def _check_offsets(op: str, offsets: Tensor, x: Tensor) -> None:
+    check(
+        offsets.dtype in (torch.int32, torch.int64),
+        f"{op}: offsets: expected int32 or int64, got {type_text(offsets.dtype)}",
+    )
+    check(
+        offsets.dim() == 1 and offsets.shape[0] > 0,
+        f"{op}: offsets: expected shape (groups + 1,), got {shape_text(offsets.shape)}",
+    )
+    check(x.dim() == 2, f"{op}: x: expected 2 dimensions, as there are offsets, got shape {shape_text(x.shape)}")
 
 
 def check_geometry(op: str, geometry: Geometry, dims: int) -> None:
@@ -91,13 +117,48 @@ def _(
     alpha: float,
     refused: Tensor | None,
     allow_tf32: bool = False,
+    offsets: Tensor | None = None,
+    betas: Tensor | None = None,
+    alphas: Tensor | None = None,
 ) -> None:
     op = "linear_factor_"
     _check_matrix(op, "x", x)
-    check_factor(op, factor, x, 1, x.shape[-1], bias)
     _check_weights(op, weights, x)
-    check_scales(op, beta, alpha)
-    check_refused(op, refused)
+    count = 1
+    if offsets is None:
+        check_factor(op, factor, x, 1, x.shape[-1], bias)
+    else:
+        _check_offsets(op, offsets, x)
+        count = offsets.shape[0] - 1
+        _check_factors(op, factor, x, count, x.shape[-1], bias)
+    check_scale(op, "beta", beta, betas, count)
+    check_scale(op, "alpha", alpha, alphas, count)
+    check_refused(op, refused, count)
+
+
+@torch.library.register_fake("mfac_kernels::grouped_linear_factor_")
+def _(
+    factors: Sequence[Tensor],
+    x: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    bias: Sequence[bool],
+    beta: float,
+    alpha: float,
+    refused: Tensor | None,
+    allow_tf32: bool = False,
+    betas: Tensor | None = None,
+    alphas: Tensor | None = None,
+) -> None:
+    op, count = "grouped_linear_factor_", len(factors)
+    for name, given in (("x", x), ("weights", weights), ("bias", bias)):
+        check(len(given) == count, f"{op}: {name}: expected {count}, as factors has, got {len(given)}")
+    for i, (factor, rows, each, one) in enumerate(zip(factors, x, weights, bias, strict=True)):
+        _check_matrix(op, f"x[{i}]", rows)
+        _check_weights(op, each, rows, f"weights[{i}]")
+        check_factor(op, factor, rows, 1, rows.shape[-1], one, f"factors[{i}]")
+    check_scale(op, "beta", beta, betas, count)
+    check_scale(op, "alpha", alpha, alphas, count)
+    check_refused(op, refused, count)
 
 
 @torch.library.register_fake("mfac_kernels::conv_factor_")

@@ -10,7 +10,8 @@ keep only its block diagonal, (g, s, s) with g = ceil(D / s): the rows and colum
 
 ``check_finite=True`` looks for NaN and Inf while reading: such a batch leaves the factor as it is and the flag that is
 returned, int32 (1,) on the factor's device, becomes 1. Pass a flag of your own to collect several calls in one: it is
-set, never cleared. Nothing synchronises with the device.
+set, never cleared. Nothing synchronises with the device. Where ``beta`` and ``alpha`` may be tensors, as a running mean
+wants them, their values are read on the device: only ``check_finite`` looks whether they are finite.
 
 Sources: Grosse, Martens, "A Kronecker-factored approximate Fisher matrix for convolution layers", ICML 2016; Laurent et
 al., "An evaluation of Fisher approximations beyond Kronecker factorization", ICLR workshop 2018 (spatially uncorrelated
@@ -21,7 +22,7 @@ architectures", NeurIPS 2023 (expand, reduce).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
@@ -37,11 +38,13 @@ __all__ = [
     "conv3d_factor_",
     "cross_factor",
     "embedding_factor_",
+    "grouped_linear_factor_",
     "linear_factor_",
 ]
 
 _ops = torch.ops.mfac_kernels
 
+Scale = float | Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -50,18 +53,62 @@ def linear_factor_(
     factor: Tensor,
     x: Tensor,
     *,
-    beta: float = 1.0,
-    alpha: float = 1.0,
+    offsets: Tensor | None = None,
+    beta: Scale = 1.0,
+    alpha: Scale = 1.0,
     bias: bool = False,
     weights: Tensor | None = None,
     check_finite: bool | Tensor = False,
 ) -> Tensor | None:
     """Rows are the last dimension of x (..., D), any strides; ``bias`` appends a 1 to each.
 
-    weights (...): one for each row. factor: (D + bias, D + bias), or its block diagonal (g, s, s).
+    Args:
+        factor: (D + bias, D + bias), or its block diagonal (g, s, s); with ``offsets`` (E, D + bias, D + bias).
+        offsets: (E + 1,), int32 or int64: rows ``offsets[e]:offsets[e + 1]`` of x (T, D) go to ``factor[e]``, as the
+            experts of a mixture want them, and those outside to none. Offsets that descend or leave 0 to T raise an
+            error on the CPU; on CUDA, where they are never read back, a device-side assertion. Each factor has the bits
+            of a call of its own (TF32 aside, whose use depends on how a slice is aligned).
+        beta, alpha: numbers or 0-d tensors; with ``offsets`` also (E,), one for each factor.
+        weights: (...), one for each row.
+        check_finite: as above; with ``offsets`` flags are (E,) and each factor is refused by itself.
     """
-    flag = _flag(factor, check_finite)
-    _ops.linear_factor_(factor, x, weights, bias, beta, alpha, flag, _allow_tf32())
+    count = 1 if offsets is None else offsets.shape[0] - 1
+    flag = _flag(factor, check_finite, count)
+    (before, betas), (added, alphas) = _scale(beta), _scale(alpha)
+    _ops.linear_factor_(factor, x, weights, bias, before, added, flag, _allow_tf32(), offsets, betas, alphas)
+    return flag
+
+
+def grouped_linear_factor_(
+    factors: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    *,
+    beta: Scale = 1.0,
+    alpha: Scale = 1.0,
+    bias: bool | Sequence[bool] = False,
+    weights: Sequence[Tensor | None] | None = None,
+    check_finite: bool | Tensor = False,
+) -> Tensor | None:
+    """:func:`linear_factor_` of each of ``factors`` and ``xs``, the layers of a model, in one call, with the same bits.
+
+    Sizes and dtypes may differ from pair to pair; all tensors are on one device, and no two factors share memory.
+
+    Args:
+        beta, alpha: numbers or 0-d tensors for all, or (N,) tensors with a value for each of N pairs.
+        bias: for all, or a list with one for each.
+        weights: a list with those of each pair, or None where it has none.
+        check_finite: as above; flags are (N,) and each pair is refused by itself.
+    """
+    if not factors and not xs:
+        return None
+    count = len(factors)
+    flag = _flag(xs[0], check_finite, count) if xs else None
+    (before, betas), (added, alphas) = _scale(beta), _scale(alpha)
+    of_each = [bias] * count if isinstance(bias, bool) else list(bias)
+    rows = [None] * count if weights is None else list(weights)
+    _ops.grouped_linear_factor_(
+        list(factors), list(xs), rows, of_each, before, added, flag, _allow_tf32(), betas, alphas
+    )
     return flag
 
 
@@ -187,7 +234,12 @@ def _allow_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
-def _flag(factor: Tensor, check_finite: bool | Tensor) -> Tensor | None:
+def _scale(value: Scale) -> tuple[float, Tensor | None]:
+    """The number, and the values that take its place."""
+    return (1.0, value.to(torch.float64).contiguous()) if isinstance(value, Tensor) else (value, None)
+
+
+def _flag(factor: Tensor, check_finite: bool | Tensor, count: int = 1) -> Tensor | None:
     if isinstance(check_finite, Tensor):
         return check_finite
-    return factor.new_zeros(1, dtype=torch.int32) if check_finite else None
+    return factor.new_zeros(count, dtype=torch.int32) if check_finite else None

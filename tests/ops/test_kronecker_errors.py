@@ -6,6 +6,7 @@ import pytest
 import torch
 from kronecker_cases import DTYPES, SIMT, factor_dtype, random
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from mfac_kernels import ops
 
@@ -17,10 +18,37 @@ GEOMETRY = ([3, 3], [1, 1], [1, 1], [1, 1], [1, 1])  # kernel_size, stride, padd
 def test_opcheck(dtype):
     kind = factor_dtype(dtype)
     x, images = random((6, 5), dtype, 0), random((2, 4, 5, 5), dtype, 1)
-    refused = torch.zeros(1, dtype=torch.int32)
+    refused, flags = torch.zeros(1, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    each, one = torch.ones(2, dtype=torch.float64), torch.ones((), dtype=torch.float64)
     for name, arguments in (
         ("linear_factor_", (torch.zeros(6, 6, dtype=kind), x, torch.ones(6, dtype=kind), True, 0.5, 2.0, refused)),
         ("linear_factor_", (torch.zeros(2, 3, 3, dtype=kind), x, None, False, 0.0, 1.0, None)),
+        (
+            "linear_factor_",
+            (
+                torch.zeros(2, 5, 5, dtype=kind),
+                x,
+                None,
+                False,
+                1.0,
+                1.0,
+                flags,
+                False,
+                torch.tensor([0, 4, 6]),
+                each,
+                one,
+            ),
+        ),
+        (
+            "grouped_linear_factor_",
+            (
+                [torch.zeros(5, 5, dtype=kind), torch.zeros(4, 4, dtype=kind)],
+                [x, x[:, :3]],
+                [None, torch.ones(6, dtype=kind)],
+                [False, True],
+                *(0.5, 2.0, flags, False, each, one),
+            ),
+        ),
         (
             "conv_factor_",
             (torch.zeros(37, 37, dtype=kind), images, *GEOMETRY, 1, True, False, False, 0.5, 1.0, refused),
@@ -34,12 +62,18 @@ def test_opcheck(dtype):
 
 def test_compiles_to_one_graph():
     def accumulate(x: Tensor, images: Tensor) -> tuple[Tensor, ...]:
-        linear, conv = x.new_zeros(6, 6), x.new_zeros(37, 37)
+        linear, conv, ragged = x.new_zeros(6, 6), x.new_zeros(37, 37), x.new_zeros(2, 5, 5)
         flag = ops.linear_factor_(linear, x, bias=True, check_finite=True)
+        ops.linear_factor_(ragged, x, offsets=offsets, beta=offsets[0] / 2)
+        ops.grouped_linear_factor_([linear, ragged[0]], [x, x], bias=[True, False], alpha=offsets[1] / 2)
         ops.conv2d_factor_(conv, images, 3, padding="same", bias=True, beta=0.5, check_finite=flag, algorithm="tiles")
-        return linear, conv, flag, ops.cross_factor(x, x)
+        return linear, conv, ragged, flag, ops.cross_factor(x, x)
 
-    x, images = random((6, 5), torch.float32, 0), random((2, 4, 5, 5), torch.float32, 1)
+    offsets, x, images = (
+        torch.tensor([1, 4, 6]),
+        random((6, 5), torch.float32, 0),
+        random((2, 4, 5, 5), torch.float32, 1),
+    )
     compiled = torch.compile(accumulate, fullgraph=True, backend="aot_eager")
     for got, want in zip(compiled(x, images), accumulate(x, images), strict=True):
         assert torch.equal(got, want)
@@ -47,6 +81,7 @@ def test_compiles_to_one_graph():
 
 FLOATS = "expected float32, float64, bfloat16 or float16, got"
 END = (1, False, False, False, 1.0, 1.0, None)  # groups, bias, sua, reduce, beta, alpha, refused
+GROUPS = (None, False, 1.0, 1.0, None, False)  # weights, bias, beta, alpha, refused, allow_tf32
 BAD = [
     ("linear_factor_", (torch.zeros(5, 5), ROWS.int(), None, False, 1.0, 1.0, None), rf"x: {FLOATS} Int"),
     (
@@ -94,6 +129,29 @@ BAD = [
         (torch.zeros(5, 5), ROWS, None, False, 1.0, 1.0, torch.zeros(1)),
         "refused: expected Int, got Float",
     ),
+    *(
+        ("linear_factor_", (torch.zeros(*shape), x, *GROUPS, offsets, None, None), message)
+        for shape, x, offsets, message in (
+            ((1, 5, 5), ROWS, torch.ones(2), "offsets: expected int32 or int64, got Float"),
+            ((1, 5, 5), ROWS, torch.zeros(1, 2).int(), r"offsets: expected shape \(groups \+ 1,\), got \(1, 2\)"),
+            ((1, 5, 5), ROWS[None], torch.tensor([0, 1]), "x: expected 2 dimensions, as there are offsets, got shape"),
+            ((5, 5), ROWS, torch.tensor([0, 6]), r"factor: expected shape \(1, 5, 5\), got \(5, 5\)"),
+            ((3, 2, 2), ROWS, torch.tensor([0, 6]), r"factor: expected shape \(1, 5, 5\), got \(3, 2, 2\)"),
+        )
+    ),
+    *(
+        ("linear_factor_", (torch.zeros(4, 5, 5), ROWS, *GROUPS, torch.tensor([0, 3, 4, 5, 6]), *scales), message)
+        for scales, message in (
+            ((torch.ones(2), None), "beta: expected Double, got Float"),
+            ((None, torch.ones(3).double()), "alpha: expected 1 or 4 values, got 3"),
+            ((torch.ones(2, 2).double().mT, None), "beta: expected a contiguous tensor"),
+        )
+    ),
+    (
+        "linear_factor_",
+        (torch.zeros(2, 5, 5), ROWS, *GROUPS[:4], torch.zeros(1).int(), False, torch.tensor([0, 3, 6])),
+        r"refused: expected shape \(2,\), got \(1,\)",
+    ),
     (
         "conv_factor_",
         (torch.zeros(36, 36), IMAGES[0, 0], *GEOMETRY, *END),
@@ -130,6 +188,29 @@ BAD = [
     ("cross_factor", (ROWS, ROWS.double(), None), "y: expected Float, as x has, got Double"),
     ("cross_factor", (ROWS, ROWS[:1], None), "y: expected the leading shape of x, got"),
 ]
+
+
+# factors, x, weights, bias; then beta, alpha, refused
+BAD_PAIRS = [
+    (([torch.ones(5, 5)], [ROWS, ROWS], [None], [False]), "x: expected 1, as factors has, got 2"),
+    (([torch.ones(5, 5)], [ROWS], [], [False]), "weights: expected 1, as factors has, got 0"),
+    (([torch.ones(5, 5)], [ROWS], [None], [False, True]), "bias: expected 1, as factors has, got 2"),
+    (([torch.ones(5, 5)] * 2, [ROWS, ROWS.int()], [None] * 2, [False] * 2), rf"x\[1\]: {FLOATS} Int"),
+    (
+        ([torch.ones(5, 5), torch.ones(5, 5)], [ROWS, ROWS], [None] * 2, [False, True]),
+        r"factors\[1\]: expected shape \(6, 6\), got \(5, 5\)",
+    ),
+    (([torch.ones(5, 5)], [ROWS], [torch.ones(6).double()], [False]), r"weights\[0\]: expected Float, got Double"),
+]
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize(("arguments", "message"), BAD_PAIRS)
+def test_errors_name_the_pair(arguments, message, fake):
+    given = tree_map_only(Tensor, lambda t: t.to("meta"), arguments) if fake else arguments
+    with pytest.raises(RuntimeError, match=f"grouped_linear_factor_: {message}"):
+        torch.ops.mfac_kernels.grouped_linear_factor_(*given, 1.0, 1.0, None)
+    assert all(bool((factor == 1).all()) for factor in arguments[0])
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kronecker_cases import blocks_of
+from kronecker_cases import blocks_of, tf32
 from torch import Tensor
 
 import mfac_kernels as mk
@@ -19,10 +19,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture
 def allow_tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    yield
-    torch.backends.cuda.matmul.allow_tf32 = before
+    with tf32():
+        yield
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +21,14 @@ CONV = {1: ops.conv1d_factor_, 2: ops.conv2d_factor_, 3: ops.conv3d_factor_}
 
 dtypes = st.sampled_from(DTYPES)
 seeds = st.integers(0, 2**31)
+
+
+@contextmanager
+def tf32(allowed: bool = True) -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def factor_dtype(dtype: torch.dtype) -> torch.dtype:

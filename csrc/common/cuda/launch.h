@@ -5,6 +5,7 @@
 //   MFAC_SHARED(double, sums, 32);                             __shared__ double sums[32]; bounds are checked on the CPU
 //   MFAC_DYNAMIC_SHARED(double, rows);                         the `bytes` of the launch
 //   Shared<double>                                             the type to pass either on by
+//   MFAC_DEVICE_CHECK(i < n, "op: argument: out of range");    a device assertion; an error of the op on the CPU
 #pragma once
 #if defined(MFAC_KERNELS_SIMT)
 #include "common/simt/simt.h"
@@ -14,6 +15,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include <cassert>
 #include <cstdint>
 
 namespace mfac_kernels {
@@ -37,6 +39,8 @@ using Shared = simt::Shared<T>;
       }(),                                                                                  \
       count)
 #define MFAC_DYNAMIC_SHARED(type, name) const ::mfac_kernels::simt::Shared<type> name = ::mfac_kernels::simt::dynamic_array<type>()
+#define MFAC_DEVICE_CHECK(condition, message) \
+  ((condition) ? void() : ::mfac_kernels::simt::fail(message, ::mfac_kernels::simt::Location::current()))
 
 #elif defined(__CUDACC__)
 
@@ -57,6 +61,7 @@ using Shared = T*;
 #define MFAC_DYNAMIC_SHARED(type, name)                                        \
   extern __shared__ __align__(16) unsigned char mfac_kernels_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(mfac_kernels_dynamic_shared)
+#define MFAC_DEVICE_CHECK(condition, message) assert((condition) && message)
 
 #endif
 

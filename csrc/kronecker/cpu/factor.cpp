@@ -4,8 +4,8 @@
 #include "kronecker/cpu/factor.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
+#include <deque>
 #include <optional>
 #include <vector>
 
@@ -36,6 +36,7 @@ struct Pair {
   const Columns* other() const { return diagonal ? nullptr : &b; }
 };
 
+// The sums that one batch of rows adds to: tasks of three passes, each done before the next begins.
 class Products {
  public:
   Products(DType dtype, int64_t rows, const Weights& weights, bool squares_first)
@@ -52,79 +53,108 @@ class Products {
     pairs_.push_back(pair);
   }
 
-  // Sums everything if rows are cut, else the diagonal blocks if these come first. Returns whether what it summed is finite: so is the
-  // batch if its squares are.
-  bool prepare() {
-    cut_rows();
-    for_each(count() * segments_, [&](int64_t task) {
-      const Pair& pair = pairs_[task / segments_];
-      const int64_t segment = task % segments_, first = rows_ * segment / segments_, end = rows_ * (segment + 1) / segments_;
-      if (!stored(pair)) return;
-      accumulate(pair, segment, first, end - first, sums_of(pair) + segment * pair.sums * item_, scratch(work_bytes(pair)));
-    });
-    std::atomic<bool> finite{true};
-    for_each(count(), [&](int64_t p) {
-      if (stored(pairs_[p]) && !kernels_.reduce(sums_of(pairs_[p]), segments_, pairs_[p].sums)) finite = false;
-    });
-    for (int64_t i = columns_; i < segments_ * columns_; ++i) column_sums_[i % columns_] += column_sums_[i];
-    return finite;
+  // Once all pairs are there. Returns the bytes of the sums that are stored: of all pairs if rows are cut, else of the diagonal blocks if
+  // these come first.
+  int64_t cut_rows() {
+    constexpr int64_t kEnough = 64, kMinRows = 1024, kRowsPerColumn = 8;  // partial sums are small beside the rows that they sum
+    int64_t least = kMinRows;
+    for (const Pair& pair : pairs_) least = std::max({least, kRowsPerColumn * pair.a.count, kRowsPerColumn * pair.b.count});
+    while (2 * segments_ * pair_count() <= kEnough && 2 * segments_ * least <= rows_) segments_ *= 2;
+    for (Pair& pair : pairs_) {
+      pair.first_sum = size_;
+      if (stored(pair)) size_ += segments_ * pair.sums;
+    }
+    return size_ * item_;
+  }
+  void allocate() {
+    sums_.emplace(size_ * item_);
+    column_sums_.resize(segments_ * columns_);
+    finite_.assign(pairs_.size(), true);
   }
 
-  void store() {
-    for_each(count(), [&](int64_t p) {
-      const Pair& pair = pairs_[p];
-      char* sums = sums_of(pair);
-      if (!stored(pair)) {
-        sums = static_cast<char*>(scratch(work_bytes(pair) + pair.sums * item_));
-        accumulate(pair, 0, 0, rows_, sums, sums + pair.sums * item_);
-      }
-      kernels_.store(pair.a, pair.other(), sums, pair.target);
-    });
+  int64_t rows() const { return rows_; }
+  int64_t work() const { return work_; }
+  int64_t pair_count() const { return static_cast<int64_t>(pairs_.size()); }
+  int64_t segment_count() const { return pair_count() * segments_; }
+
+  void sum_segment(int64_t task) {
+    const Pair& pair = pairs_[task / segments_];
+    const int64_t segment = task % segments_, first = rows_ * segment / segments_, end = rows_ * (segment + 1) / segments_;
+    if (!stored(pair)) return;
+    accumulate(pair, segment, first, end - first, sums_of(pair) + segment * pair.sums * item_, scratch(work_bytes(pair)));
+  }
+  void add_segments(int64_t p) {
+    if (stored(pairs_[p])) finite_[p] = kernels_.reduce(sums_of(pairs_[p]), segments_, pairs_[p].sums);
+  }
+  void add_column_sums() {
+    for (int64_t i = columns_; i < segments_ * columns_; ++i) column_sums_[i % columns_] += column_sums_[i];
+  }
+  // Whether what is summed so far is finite: so is the batch if its squares are.
+  bool is_finite() const {
+    return std::all_of(finite_.begin(), finite_.end(), [](char finite) { return finite; });
+  }
+  void store(int64_t p) {
+    const Pair& pair = pairs_[p];
+    char* sums = sums_of(pair);
+    if (!stored(pair)) {
+      sums = static_cast<char*>(scratch(work_bytes(pair) + pair.sums * item_));
+      accumulate(pair, 0, 0, rows_, sums, sums + pair.sums * item_);
+    }
+    kernels_.store(pair.a, pair.other(), sums, pair.target);
   }
 
   const double* column_sums(int64_t at) const { return column_sums_.data() + at; }
 
  private:
-  int64_t count() const { return static_cast<int64_t>(pairs_.size()); }
   bool stored(const Pair& pair) const { return segments_ > 1 || (squares_first_ && pair.diagonal); }
   char* sums_of(const Pair& pair) const { return sums_->data() + pair.first_sum * item_; }
   int64_t work_bytes(const Pair& pair) const { return kernels_.work_bytes(pair.a, pair.b); }
-
-  void cut_rows() {
-    constexpr int64_t kEnough = 64, kMinRows = 1024, kRowsPerColumn = 8;  // partial sums are small beside the rows that they sum
-    int64_t least = kMinRows, size = 0;
-    for (const Pair& pair : pairs_) least = std::max({least, kRowsPerColumn * pair.a.count, kRowsPerColumn * pair.b.count});
-    while (2 * segments_ * count() <= kEnough && 2 * segments_ * least <= rows_) segments_ *= 2;
-    for (Pair& pair : pairs_) {
-      pair.first_sum = size;
-      if (stored(pair)) size += segments_ * pair.sums;
-    }
-    sums_.emplace(size * item_);
-    column_sums_.resize(segments_ * columns_);
-  }
 
   void accumulate(const Pair& pair, int64_t segment, int64_t first, int64_t rows, void* sums, void* work) {
     double* columns = pair.column_sums == kNoColumnSums ? nullptr : column_sums_.data() + segment * columns_ + pair.column_sums;
     kernels_.accumulate(pair.a, pair.other(), weights_, first, rows, sums, columns, work);
   }
 
-  template <class Body>
-  void for_each(int64_t count, const Body& body) const {
-    constexpr int64_t kWorthThreads = 1 << 19;
-    if (work_ >= kWorthThreads)
-      for_each_task(count, body);
-    else
-      for (int64_t i = 0; i < count; ++i) body(i);
-  }
-
   const FactorKernels& kernels_;
-  int64_t item_, rows_, work_ = 0, segments_ = 1, columns_ = 0;
+  int64_t item_, rows_, work_ = 0, segments_ = 1, columns_ = 0, size_ = 0;
   Weights weights_;
   bool squares_first_;
   std::vector<Pair> pairs_;
   std::optional<Workspace> sums_;    // of stored pairs: (segments, sums) each
   std::vector<double> column_sums_;  // (segments, columns)
+  std::vector<char> finite_;         // one for each pair
 };
+
+// A pass over several: the tasks of all are dealt to the threads, those of the most rows first.
+void for_each_task_of(const std::vector<Products*>& all, int64_t (Products::*count)() const, void (Products::*run)(int64_t)) {
+  constexpr int64_t kWorthThreads = 1 << 19;
+  struct Task {
+    Products* of;
+    int64_t index;
+  };
+  std::vector<Task> tasks;
+  int64_t work = 0;
+  for (Products* products : all) {
+    work += products->work();
+    for (int64_t i = 0; i < (products->*count)(); ++i) tasks.push_back({products, i});
+  }
+  const auto run_task = [&](int64_t t) { (tasks[t].of->*run)(tasks[t].index); };
+  if (work >= kWorthThreads) {
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.of->rows() > b.of->rows(); });
+    for_each_task(static_cast<int64_t>(tasks.size()), run_task);
+  } else {
+    for (size_t t = 0; t < tasks.size(); ++t) run_task(static_cast<int64_t>(t));
+  }
+}
+
+void sum_stored(const std::vector<Products*>& all) {
+  for (Products* products : all) products->allocate();
+  for_each_task_of(all, &Products::segment_count, &Products::sum_segment);
+  for_each_task_of(all, &Products::pair_count, &Products::add_segments);
+  for (Products* products : all) products->add_column_sums();
+}
+
+void store(const std::vector<Products*>& all) { for_each_task_of(all, &Products::pair_count, &Products::store); }
 
 // The bias row and column of a block of `columns` columns and the bias.
 template <class S>
@@ -147,59 +177,93 @@ void clear_padding(int64_t used, int64_t size, S* out) {
   for (int64_t row = 0; row < size; ++row) std::fill(out + row * size + (row < used ? used : 0), out + (row + 1) * size, S(0));
 }
 
-template <class S>
-void update(const FactorUpdate& u) {
-  const Factor& f = u.factor;
-  const int64_t channels = u.patches.channels / f.groups, offsets = u.patches.offsets();
-  std::vector<Patches> groups(f.groups, u.patches);
-  for (int64_t g = 0; g < f.groups; ++g) {
-    groups[g].channels = channels;
-    groups[g].data = static_cast<const char*>(u.patches.data) + g * channels * u.patches.channel_step * element_size(u.patches.dtype);
-  }
-  // A block of the factor: features [first, first + used) of a group, the bias as the last one or not.
-  struct Block {
-    S* out;
-    int64_t group, first, used, column_sums;
-  };
-  std::vector<Block> blocks;
-  for (int64_t b = 0; b < f.blocks; ++b) {
-    const int64_t group = f.groups > 1 ? b : 0, first = f.groups > 1 ? 0 : b * f.size, used = std::min(f.size, f.features - first);
-    const bool bias = f.bias && first + used == f.features;
-    blocks.push_back(
-        {static_cast<S*>(f.data) + b * f.size * f.size, group, first, used, bias ? group * channels * offsets : kNoColumnSums});
+// The blocks of a factor, and the products that are added to them
+class Update {
+ public:
+  explicit Update(const FactorUpdate& u)
+      : products(u.patches.dtype, u.patches.rows(), u.weights, u.refused != nullptr), update_(u), groups_(u.factor.groups, u.patches) {
+    const Factor& f = u.factor;
+    const int64_t channels = u.patches.channels / f.groups, offsets = u.patches.offsets();
+    for (int64_t g = 0; g < f.groups; ++g) {
+      groups_[g].channels = channels;
+      groups_[g].data = static_cast<const char*>(u.patches.data) + g * channels * u.patches.channel_step * element_size(u.patches.dtype);
+    }
+    for (int64_t b = 0; b < f.blocks; ++b) {
+      const int64_t group = f.groups > 1 ? b : 0, first = f.groups > 1 ? 0 : b * f.size, used = std::min(f.size, f.features - first);
+      const bool bias = f.bias && first + used == f.features;
+      void* const out = static_cast<char*>(f.data) + b * f.size * f.size * element_size(f.dtype);
+      blocks_.push_back({out, used, bias ? group * channels * offsets : kNoColumnSums});
+      const int64_t columns = used - bias, width = block_columns(columns, offsets);
+      for (int64_t j = 0; j < columns; j += width)
+        for (int64_t i = 0; i <= j; i += width) {
+          const auto columns_at = [&](int64_t at) { return Columns{&groups_[group], first + at, std::min(width, columns - at)}; };
+          products.add({columns_at(i),
+                        columns_at(j),
+                        i == j,
+                        {out, f.size, i, j, true, u.beta, u.alpha},
+                        bias && i == j ? blocks_.back().column_sums + i : kNoColumnSums});
+        }
+    }
   }
 
-  Products products(u.patches.dtype, u.patches.rows(), u.weights, u.refused != nullptr);
-  for (const Block& block : blocks) {
-    const bool bias = block.column_sums != kNoColumnSums;
-    const int64_t columns = block.used - bias, width = block_columns(columns, offsets);
-    for (int64_t j = 0; j < columns; j += width)
-      for (int64_t i = 0; i <= j; i += width) {
-        const auto columns_at = [&](int64_t at) { return Columns{&groups[block.group], block.first + at, std::min(width, columns - at)}; };
-        products.add({columns_at(i),
-                      columns_at(j),
-                      i == j,
-                      {block.out, f.size, i, j, true, u.beta, u.alpha},
-                      bias && i == j ? block.column_sums + i : kNoColumnSums});
-      }
+  Products products;
+
+  // Is the batch not to be stored? Then its flag says so.
+  bool refuses() const {
+    const bool refused = update_.refused && !(products.is_finite() && std::isfinite(update_.bias_squares) && std::isfinite(update_.beta) &&
+                                              std::isfinite(update_.alpha));
+    if (refused) *update_.refused = 1;
+    return refused;
   }
-  const bool finite = products.prepare() && std::isfinite(u.bias_squares);
-  if (u.refused && !finite) {
-    *u.refused = 1;
-    return;
+  // What is no product of columns
+  void finish() const { update_.factor.dtype == DType::f64 ? finish_as<double>() : finish_as<float>(); }
+
+ private:
+  // Features of a group, the bias as the last one or not
+  struct Block {
+    void* out;
+    int64_t used, column_sums;
+  };
+
+  template <class S>
+  void finish_as() const {
+    for (const Block& block : blocks_) {
+      S* const out = static_cast<S*>(block.out);
+      if (block.column_sums != kNoColumnSums) store_bias(update_, products.column_sums(block.column_sums), block.used - 1, out);
+      clear_padding(block.used, update_.factor.size, out);
+    }
   }
-  products.store();
-  for (const Block& block : blocks) {
-    if (block.column_sums != kNoColumnSums) store_bias(u, products.column_sums(block.column_sums), block.used - 1, block.out);
-    clear_padding(block.used, f.size, block.out);
-  }
-}
+
+  const FactorUpdate& update_;
+  std::vector<Patches> groups_;
+  std::vector<Block> blocks_;
+};
 
 }  // namespace
 
 void update_factor(const FactorUpdate& u) {
   if (is_narrow(u)) return update_narrow(u);
-  u.factor.dtype == DType::f64 ? update<double>(u) : update<float>(u);
+  update_factors({u});
+}
+
+void update_factors(const std::vector<FactorUpdate>& updates) {
+  constexpr int64_t kMostBytes = 64 << 20;  // of sums, about; an update more may come
+  for (size_t next = 0; next < updates.size();) {
+    std::deque<Update> together;
+    for (int64_t bytes = 0; next < updates.size() && bytes < kMostBytes; ++next)
+      bytes += together.emplace_back(updates[next]).products.cut_rows();
+    std::vector<Products*> all, accepted;
+    for (Update& update : together) all.push_back(&update.products);
+    sum_stored(all);
+    std::vector<const Update*> rest;
+    for (Update& update : together) {
+      if (update.refuses()) continue;
+      accepted.push_back(&update.products);
+      rest.push_back(&update);
+    }
+    store(accepted);
+    for (const Update* update : rest) update->finish();
+  }
 }
 
 void cross_products(const Patches& x, const Patches& y, const Weights& weights, void* out) {
@@ -212,8 +276,9 @@ void cross_products(const Patches& x, const Patches& y, const Weights& weights, 
                     false,
                     {out, y.channels, i, j, false, 0, 1},
                     kNoColumnSums});
-  products.prepare();
-  products.store();
+  products.cut_rows();
+  sum_stored({&products});
+  store({&products});
 }
 
 }  // namespace mfac_kernels

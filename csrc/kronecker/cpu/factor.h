@@ -1,5 +1,7 @@
 // Sums over the rows of patch matrices on the CPU, and what becomes of them: the part that all ops share.
 #pragma once
+#include <vector>
+
 #include "kronecker/cpu/factor_kernels.h"
 
 namespace mfac_kernels {
@@ -15,6 +17,9 @@ struct FactorUpdate {
   int32_t* refused = nullptr;
 };
 void update_factor(const FactorUpdate&);
+
+// Several that share no factor, at once; none of them narrow. Each result has the bits that it has alone.
+void update_factors(const std::vector<FactorUpdate>&);
 
 // Many groups of a few columns each have kernels of their own.
 bool is_narrow(const FactorUpdate&);

@@ -82,8 +82,9 @@ void conv_factor_cuda(const Tensor& factor, const Tensor& x, const std::vector<i
     }
   }
   rows.patches.channels /= groups;
-  const Tensor workspace = uninitialised(factor, {factor_workspace(rows, out)}, ScalarType::Byte);
-  device.check_launched(factor_accumulate(rows, out, beta, alpha, flag, workspace.data_ptr(), device.stream()));
+  const FactorJob job = {rows, out, {beta}, {alpha}, flag};
+  const Tensor workspace = uninitialised(factor, {factor_workspace(&job, 1)}, ScalarType::Byte);
+  device.check_launched(factor_accumulate(&job, 1, workspace.data_ptr(), device.stream()));
 }
 
 }  // namespace

@@ -8,7 +8,6 @@
 //
 // Integers are counted, so that the order of the atomic additions does not matter.
 #include <algorithm>
-#include <cassert>
 
 #include "common/cuda/convert.cuh"
 #include "kronecker/cuda/embedding_kernels.h"
@@ -26,11 +25,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t index = indices[i];
     if (index == skipped) continue;
     const bool in_range = index >= 0 && index < bins;
-#if defined(MFAC_KERNELS_SIMT)
-    if (!in_range) simt::fail("embedding_factor_: indices: out of range", simt::Location::current());
-#else
-    assert(in_range && "embedding_factor_: indices: out of range");  // as torch's own embedding has it
-#endif
+    MFAC_DEVICE_CHECK(in_range, "embedding_factor_: indices: out of range");  // as torch's own embedding has it
     if (in_range) atomicAdd(found + index, 1ull);
   }
 }

@@ -1,14 +1,11 @@
-// factor <- beta factor + alpha C, once the sums of products C are there: which kernel sums them, how they are cut, and how runs of rows
-// are added, scaled and mirrored.
+// Which kernel sums products, how these are cut, and what shares a launch: factors one by one, several at once, and ragged groups of rows,
+// whose offsets the device alone knows.
 //
-// Floor: the sums, half of the factor's size for each run of rows, and half of the factor read, all of it written: 10 us for D = 2304 on an
-// H200 with one run. Expected: 80 % of the copy bandwidth where the factor is large; where it is small, the latency of three launches.
-//
-// Squares of the lower triangle are finished by one block each, which writes their mirror image through shared memory, along its rows. Runs
-// are few where the factor is large; where there are many, four threads share an element's. Sums are looked up in the order of columns that
-// they were made in, which is not that of the features (products.cuh). Whether they are finite is seen on the diagonal, before anything is
-// written.
+// Each group is cut as it would be alone: a table of its runs comes first, with places for as many as there may be.
 #include <algorithm>
+#include <span>
+#include <tuple>
+#include <vector>
 
 #include "kronecker/cuda/factor_kernels.h"
 #include "kronecker/cuda/products.cuh"
@@ -18,129 +15,46 @@ namespace {
 
 constexpr int kThreads = 256;
 
-constexpr int64_t kFlagBytes = kFlagged * sizeof(int);  // at the start of the workspace; a multiple of 16
-constexpr int64_t kRowsOfRun = 512;                     // at least
+constexpr int64_t kRowsOfRun = 512;  // at least
 #if defined(MFAC_KERNELS_SIMT)
 constexpr int64_t kManyBlocks = 8;  // small problems take every path
 #else
 constexpr int64_t kManyBlocks = 528;  // four for each SM of an H200
 #endif
+int64_t most_runs(int64_t tiles) { return std::max<int64_t>(1, kManyBlocks / std::max<int64_t>(1, tiles)); }
 
-// ---- finish -----------------------------------------------------------------------------------------------------------------------
-
-struct Finish {
-  Factor factor;    // of a cross product: one block
-  int64_t columns;  // in a row of a block
-  Cut cut;
-  int64_t offsets, padded_channels;  // how features become columns: see Side
-  double beta, alpha, bias_square;   // bias_square: negative if it is a sum like the others
-  const int* flags;                  // (kFlagged): not null if the sums may be refused
-  int32_t* refused;
-};
-
-__device__ __forceinline__ int64_t features_of(const Factor& factor, int64_t block) {
-  return factor.groups > 1 ? factor.features : min(factor.size, factor.features - block * factor.size);
+// Runs of a group of `rows` rows, at most `most`; and where its first one stands, if the group begins at row `begin`: behind those of the
+// groups before it, whatever their sizes.
+__host__ __device__ constexpr int64_t run_count(int64_t most, int64_t rows) {
+  const int64_t runs = rows < kRowsOfRun ? 1 : rows / kRowsOfRun;
+  return runs < most ? runs : most;
 }
-__device__ __forceinline__ bool has_bias(const Factor& factor, int64_t block) {
-  return factor.bias && (factor.groups > 1 || block == factor.blocks - 1);
-}
-__device__ __forceinline__ int64_t column_of_feature(const Finish& f, int64_t feature, bool is_bias) {
-  if (f.padded_channels == 0) return feature;
-  const auto i = static_cast<uint32_t>(feature), offsets = static_cast<uint32_t>(f.offsets);
-  return is_bias ? f.offsets * f.padded_channels : i % offsets * f.padded_channels + i / offsets;
-}
-// flags[blockIdx.x]: is some sum of squares not finite? NaN and Inf anywhere in a column show there.
-template <class A>
-__global__ void __launch_bounds__(kThreads) flag_kernel(const Finish f, const A* sums, int* flags) {
-  const int64_t size = f.factor.size, count = f.factor.blocks * size * f.cut.splits;
-  int found = 0;
-  for (int64_t e = int64_t(blockIdx.x) * kThreads + threadIdx.x; e < count; e += int64_t(kFlagged) * kThreads) {
-    const int64_t i = e % size, block = e / size % f.factor.blocks, run = e / size / f.factor.blocks;
-    const int64_t features = features_of(f.factor, block);
-    if (i >= features) continue;
-    const int64_t column = column_of_feature(f, i, i == features - 1 && has_bias(f.factor, block));
-    found |= !isfinite(sums[run * f.cut.sums_of_run() + sum_index(f.cut, block, column, column)]);
-  }
-  found = __syncthreads_or(found);
-  if (threadIdx.x == 0) flags[blockIdx.x] = found;
+__host__ __device__ constexpr int64_t first_run(int64_t most, int64_t group, int64_t begin) {
+  const int64_t most_before = group * most, runs_before = group + begin / kRowsOfRun;
+  return most_before < runs_before ? most_before : runs_before;
 }
 
-// Adds the runs, scales, and writes both triangles. blockIdx.x: squares of kSide of the lower triangle, innermost, and blocks of the
-// factor. With kLanes > 1 that many threads share the runs of an element.
-template <class A, int kSide, int kLanes>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const Finish f, const A* sums) {
-  constexpr int kStep = kThreads / kLanes;  // elements at a time
-  static_assert(kStep % kSide == 0 && kSide * kSide % kStep == 0);
-  MFAC_SHARED(double, parts, kLanes * kSide * (kSide + 1));
-  if (f.flags) {
-    int found = threadIdx.x < kFlagged ? f.flags[threadIdx.x] : 0;
-    found = __syncthreads_or(found);
-    if (found) {
-      if (blockIdx.x == 0 && threadIdx.x == 0) *f.refused = 1;
-      return;
-    }
-  }
-  const int64_t size = f.factor.size, down = divide_up(size, kSide), across = divide_up(f.columns, kSide);
-  const int64_t squares = f.cut.cross ? down * across : count_of_lower(down);
-  const int64_t block = blockIdx.x / squares, index = blockIdx.x % squares;
-  const TileIndex square = f.cut.cross ? TileIndex{index / across, index % across} : lower_tile(index);
-  const int64_t first_row = square.row * kSide, first_column = square.column * kSide;
-  A* const out = static_cast<A*>(f.factor.data) + block * size * f.columns;
-  // Past a ragged end the factor is zero.
-  const int64_t rows_used = f.cut.cross ? size : features_of(f.factor, block), columns_used = f.cut.cross ? f.columns : rows_used;
-  const auto has_sum = [&](int64_t i, int64_t j) { return i < rows_used && j < columns_used && (f.cut.cross || j <= i); };
-  const int64_t bias = has_bias(f.factor, block) ? rows_used - 1 : -1;
-  const auto place = [](int part, int row, int column) { return (part * kSide + row) * (kSide + 1) + column; };
-
-  const int thread = static_cast<int>(threadIdx.x), part = thread / kStep, column = thread % kSide;
-  const int64_t run_length = f.cut.sums_of_run(), j = first_column + column;
-  const int64_t sums_column = column_of_feature(f, j, j == bias);
-  for (int row = thread % kStep / kSide; row < kSide; row += kStep / kSide) {
-    const int64_t i = first_row + row;
-    double sum = 0;
-    if (has_sum(i, j)) {
-      const A* from = sums + sum_index(f.cut, block, column_of_feature(f, i, i == bias), sums_column);
-#pragma unroll 4
-      for (int64_t run = part; run < f.cut.splits; run += kLanes) sum += static_cast<double>(from[run * run_length]);
-    }
-    parts[place(part, row, column)] = sum;
-  }
-  __syncthreads();
-  for (int row = thread / kSide; row < kSide; row += kThreads / kSide) {
-    const int64_t i = first_row + row;
-    if (i >= size || j >= f.columns || (!f.cut.cross && j > i)) continue;
-    double sum = 0;
-    for (int l = 0; l < kLanes; ++l) sum += parts[place(l, row, column)];
-    if (f.bias_square >= 0 && i == bias && j == bias) sum = f.bias_square;
-    sum *= f.alpha;
-    A& entry = out[i * f.columns + j];
-    if (f.beta != 0 && has_sum(i, j)) sum += f.beta * static_cast<double>(entry);
-    entry = static_cast<A>(sum);
-    parts[place(0, row, column)] = sum;
-  }
-  if (f.cut.cross) return;
-  __syncthreads();
-  for (int row = thread / kSide; row < kSide; row += kThreads / kSide) {  // the mirror image, along its rows
-    const int64_t from = first_row + column, to = first_column + row;
-    if (from < size && to < from) out[to * f.columns + from] = static_cast<A>(parts[place(0, column, row)]);
-  }
+// blockIdx.x: groups. firsts (groups): the first run of each; runs (places): what stands at each place
+template <class Index>
+__global__ void __launch_bounds__(kThreads)
+    runs_kernel(const Index* offsets, int64_t rows, int64_t most, int64_t places, int64_t* firsts, Run* runs) {
+  const int64_t group = blockIdx.x, from = offsets[group], to = offsets[group + 1];
+  MFAC_DEVICE_CHECK(0 <= from && from <= to && to <= rows, "linear_factor_: offsets: descending or out of range");
+  const auto row_at = [rows](int64_t offset) { return max(int64_t(0), min(offset, rows)); };
+  const int64_t begin = row_at(from), end = max(begin, row_at(to)), count = run_count(most, end - begin);
+  const int64_t first = first_run(most, group, begin);
+  const int64_t next = group + 1 < gridDim.x ? first_run(most, group + 1, row_at(to)) : places;
+  if (threadIdx.x == 0) firsts[group] = first;
+  for (int64_t i = threadIdx.x; i < next - first; i += kThreads) runs[first + i] = i < count ? Run{begin, end, i, count} : Run{};
 }
-
-// ---- launch -----------------------------------------------------------------------------------------------------------------------
 
 // Blocks of `rows_wide` by `columns_wide` sums
 Cut cut_of(int tile_bits, bool cross, int64_t rows, int64_t blocks, int64_t rows_wide, int64_t columns_wide) {
   const int64_t down = divide_up(rows_wide, 1 << tile_bits), across = divide_up(columns_wide, 1 << tile_bits);
   const int64_t tiles = cross ? down * across : count_of_lower(down);
-  const int64_t splits =
-      std::clamp<int64_t>(kManyBlocks / std::max<int64_t>(1, tiles * blocks), 1, std::max<int64_t>(1, rows / kRowsOfRun));
-  return {tile_bits, cross, blocks, tiles, across, splits};
+  return {tile_bits, cross, blocks, tiles, across, run_count(most_runs(tiles * blocks), rows)};
 }
 int tile_bits_of(DType dtype, int64_t width) { return dtype == DType::f64 || width <= 64 ? 6 : 7; }
-
-int64_t workspace_of(const Cut& cut, DType dtype) {
-  return kFlagBytes + cut.splits * cut.sums_of_run() * static_cast<int64_t>(dtype == DType::f64 ? sizeof(double) : sizeof(float));
-}
 
 Side side_of(const Patches& patches, const Factor& factor) {
   Side side = {};
@@ -209,96 +123,169 @@ Factor block_of(const Patches& rows, void* data) {
   return {data, rows.dtype == DType::f64 ? DType::f64 : DType::f32, 1, 1, rows.channels, rows.channels, false};
 }
 
-template <class A>
-cudaError_t launch_finish(Finish f, const void* sums, int* flags, cudaStream_t stream) {
-  const A* from = static_cast<const A*>(sums);
-  if (f.refused) {
-    const cudaError_t error = launch(flag_kernel<A>, dim3(kFlagged), dim3(kThreads), 0, stream, f, from, flags);
-    if (error != cudaSuccess) return error;
-    f.flags = flags;
+// What the kernels do for a factor
+struct Task {
+  Products products = {};
+  Finish finish = {};
+  const FactorRows* ragged = nullptr;  // if there are offsets: where they stand
+
+  explicit Task(const FactorJob& job, bool by_offsets = false) {
+    const FactorRows& rows = job.rows;
+    Factor one = job.factor;  // of a group
+    if (rows.offsets) one.groups = one.blocks = 1;
+    products = products_of(rows, one, plan_of(rows, one, by_offsets));
+    finish.factor = job.factor;
+    finish.columns = one.size;
+    finish.beta = job.beta;
+    finish.alpha = job.alpha;
+    finish.bias_square = rows.bias_square;
+    finish.refused = job.refused;
+    int64_t runs = products.cut.splits;
+    if (rows.offsets) {
+      ragged = &rows;
+      runs = run_count(most(), products.rows);
+      products.cut.splits = first_run(most(), job.factor.groups, products.rows);
+    }
+    describe(runs);
   }
-  const auto squares = [&](int side) {
-    const int64_t down = divide_up(f.factor.size, side);
-    return dim3(static_cast<unsigned>(f.factor.blocks * (f.cut.cross ? down * divide_up(f.columns, side) : count_of_lower(down))));
-  };
-  constexpr int kManySplits = 4;
-  return f.cut.splits < kManySplits ? launch(finish_kernel<A, 32, 1>, squares(32), dim3(kThreads), 0, stream, f, from)
-                                    : launch(finish_kernel<A, 8, 4>, squares(8), dim3(kThreads), 0, stream, f, from);
+  // Of a cross product
+  Task(const Patches& x, const Patches& y, const void* weights, void* out) {
+    products.a = side_of(x, block_of(x, out));
+    products.b = side_of(y, block_of(y, out));
+    products.cut = plan_of(x, y);
+    products.rows = x.rows();
+    products.along_rows = x.channel_step != 1;
+    products.weights = weights;
+    finish.factor = block_of(x, out);
+    finish.columns = y.channels;
+    finish.bias_square = -1;
+    describe(products.cut.splits);
+  }
+
+  // Tasks of one kind can share their launches.
+  auto kind() const { return std::tuple(products.a.patches.dtype, products.on_tensor_cores, products.cut.tile_bits, finish.many_runs); }
+
+  // Takes what it needs of the workspace, if there is one: flags, firsts, runs and sums. Returns the bytes, a multiple of 16.
+  int64_t place(char* workspace) {
+    int64_t used = 0;
+    const auto take = [&]<class T>(T*& at, int64_t bytes) {
+      at = workspace ? reinterpret_cast<T*>(workspace + used) : nullptr;
+      used += divide_up(bytes, 16) * 16;
+    };
+    const int64_t groups = ragged ? finish.factor.groups : 1, splits = products.cut.splits;
+    take(finish.flags, groups * kFlagged * static_cast<int64_t>(sizeof(int)));
+    if (ragged) {
+      take(finish.firsts, groups * static_cast<int64_t>(sizeof(int64_t)));
+      take(finish.runs, splits * static_cast<int64_t>(sizeof(Run)));
+      products.runs = finish.runs;
+    }
+    take(products.sums, splits * products.cut.sums_of_run() * (finish.factor.dtype == DType::f64 ? 8 : 4));
+    finish.sums = products.sums;
+    return used;
+  }
+
+  cudaError_t launch_runs(cudaStream_t stream) const {
+    const dim3 grid(static_cast<unsigned>(finish.factor.groups));
+    const auto run = [&]<class Index>(const Index* offsets) {
+      return launch(runs_kernel<Index>, grid, dim3(kThreads), 0, stream, offsets, products.rows, most(), products.cut.splits, finish.firsts,
+                    finish.runs);
+    };
+    return ragged->narrow_offsets ? run(static_cast<const int32_t*>(ragged->offsets)) : run(static_cast<const int64_t*>(ragged->offsets));
+  }
+  cudaError_t launch_products(cudaStream_t stream) const {
+    return products.on_tensor_cores ? tensor_products(products, stream) : fma_products(products, stream);
+  }
+
+ private:
+  int64_t most() const { return most_runs(products.cut.blocks * products.cut.tiles); }
+  void describe(int64_t runs) {
+    constexpr int64_t kManyRuns = 4;
+    finish.cut = products.cut;
+    finish.offsets = products.a.patches.offsets();
+    finish.padded_channels = products.a.padded_channels;
+    finish.many_runs = runs >= kManyRuns;
+  }
+};
+
+cudaError_t launch_together(std::span<const Task> tasks, cudaStream_t stream) {
+  cudaError_t error = cudaSuccess;
+  Together<FactorProducts> products;
+  std::vector<Finish> finish;
+  for (const Task& task : tasks) {
+    if (task.ragged && (error = task.launch_runs(stream)) != cudaSuccess) return error;
+    products.add(task.products, task.products.cut.thread_blocks());
+    finish.push_back(task.finish);
+  }
+  if (tasks.size() == 1)
+    error = tasks[0].launch_products(stream);
+  else
+    error = tasks[0].products.on_tensor_cores ? tensor_products(products, stream) : fma_products(products, stream);
+  if (error != cudaSuccess) return error;
+  const auto count = static_cast<int>(finish.size());
+  if (finish[0].refused && (error = flag_sums(finish.data(), count, stream)) != cudaSuccess) return error;
+  return finish_factors(finish.data(), count, stream);
 }
 
-cudaError_t sum_products(const Products& p, Finish f, void* workspace, cudaStream_t stream) {
-  f.cut = p.cut;
-  f.offsets = p.a.patches.offsets();
-  f.padded_channels = p.a.padded_channels;
-  int* const flags = static_cast<int*>(workspace);
-  void* const sums = static_cast<char*>(workspace) + kFlagBytes;
-  const cudaError_t error = p.on_tensor_cores ? tensor_products(p, sums, stream) : fma_products(p, sums, stream);
-  if (error != cudaSuccess) return error;
-  return f.factor.dtype == DType::f64 ? launch_finish<double>(f, sums, flags, stream) : launch_finish<float>(f, sums, flags, stream);
+// body(tasks) for all jobs that have a factor, those together that share their launches
+template <class Body>
+cudaError_t for_each_launch(const FactorJob* jobs, int64_t count, const Body& body) {
+  std::vector<Task> tasks;
+  for (int64_t i = 0; i < count; ++i)
+    if (jobs[i].factor.features > 0 && jobs[i].factor.blocks > 0) tasks.emplace_back(jobs[i]);
+  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.kind() < b.kind(); });
+  for (size_t first = 0, end = 0; first < tasks.size(); first = end) {
+    while (end < tasks.size() && end - first < kTogether && tasks[end].kind() == tasks[first].kind()) ++end;
+    const cudaError_t error = body(std::span(tasks).subspan(first, end - first));
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace
 
-int64_t factor_workspace(const FactorRows& rows, const Factor& factor) {
-  return workspace_of(plan_of(rows, factor).cut, rows.patches.dtype);
+int64_t factor_workspace(const FactorJob* jobs, int64_t count) {
+  int64_t most = 0;
+  for_each_launch(jobs, count, [&](std::span<Task> tasks) {
+    int64_t bytes = 0;
+    for (Task& task : tasks) bytes += task.place(nullptr);
+    most = std::max(most, bytes);
+    return cudaSuccess;
+  });
+  return most;
 }
-int64_t cross_workspace(const Patches& x, const Patches& y) { return workspace_of(plan_of(x, y), x.dtype); }
 
-cudaError_t factor_accumulate(const FactorRows& rows, const Factor& factor, double beta, double alpha, int32_t* refused, void* workspace,
-                              cudaStream_t stream) {
-  if (factor.features == 0) return cudaSuccess;
-  Finish f = {};
-  f.factor = factor;
-  f.columns = factor.size;
-  f.beta = beta;
-  f.alpha = alpha;
-  f.bias_square = rows.bias_square;
-  f.refused = refused;
-  return sum_products(products_of(rows, factor, plan_of(rows, factor)), f, workspace, stream);
+cudaError_t factor_accumulate(const FactorJob* jobs, int64_t count, void* workspace, cudaStream_t stream) {
+  return for_each_launch(jobs, count, [&](std::span<Task> tasks) {
+    char* at = static_cast<char*>(workspace);
+    for (Task& task : tasks) at += task.place(at);
+    return launch_together(tasks, stream);
+  });
 }
 
 int64_t offset_workspace(const FactorRows& rows, const Factor& factor) {
-  return workspace_of(plan_of(rows, factor, true).cut, rows.patches.dtype);
+  return Task({rows, factor, {}, {}, nullptr}, true).place(nullptr);
 }
 
 cudaError_t offset_products(const FactorRows& rows, const Factor& factor, const uint64_t* chosen, bool flagged, void* workspace,
                             OffsetSums* sums, cudaStream_t stream) {
-  Products p = products_of(rows, factor, plan_of(rows, factor, true));
+  Task task({rows, factor, {}, {}, nullptr}, true);
   if (chosen) {
-    p.chosen = true;
-    std::copy_n(chosen, Products::kChoices, p.chosen_offsets);
+    task.products.chosen = true;
+    std::copy_n(chosen, Products::kChoices, task.products.chosen_offsets);
   }
-  int* const flags = static_cast<int*>(workspace);
-  void* const at = static_cast<char*>(workspace) + kFlagBytes;
-  *sums = {p.cut, p.a.padded_channels, at, flagged ? flags : nullptr};
-  const cudaError_t error = p.on_tensor_cores ? tensor_products(p, at, stream) : fma_products(p, at, stream);
-  if (error != cudaSuccess || !flagged) return error;
-  Finish f = {};
-  f.factor = factor;
-  f.cut = p.cut;
-  f.offsets = rows.patches.offsets();
-  f.padded_channels = p.a.padded_channels;
-  const auto flag = [&]<class A>(const A* from) {
-    return launch(flag_kernel<A>, dim3(kFlagged), dim3(kThreads), 0, stream, f, from, flags);
-  };
-  return factor.dtype == DType::f64 ? flag(static_cast<const double*>(at)) : flag(static_cast<const float*>(at));
+  task.place(static_cast<char*>(workspace));
+  *sums = {task.finish.cut, task.finish.padded_channels, task.finish.sums, flagged ? task.finish.flags : nullptr};
+  const cudaError_t error = task.launch_products(stream);
+  return error == cudaSuccess && flagged ? flag_sums(&task.finish, 1, stream) : error;
 }
+
+int64_t cross_workspace(const Patches& x, const Patches& y) { return Task(x, y, nullptr, nullptr).place(nullptr); }
 
 cudaError_t cross_products(const Patches& x, const Patches& y, const void* weights, void* out, void* workspace, cudaStream_t stream) {
   if (x.channels == 0 || y.channels == 0) return cudaSuccess;
-  Products p = {};
-  p.a = side_of(x, block_of(x, out));
-  p.b = side_of(y, block_of(y, out));
-  p.cut = plan_of(x, y);
-  p.rows = x.rows();
-  p.along_rows = x.channel_step != 1;
-  p.weights = weights;
-  Finish f = {};
-  f.factor = block_of(x, out);
-  f.columns = y.channels;
-  f.alpha = 1;
-  f.bias_square = -1;
-  return sum_products(p, f, workspace, stream);
+  Task task(x, y, weights, out);
+  task.place(static_cast<char*>(workspace));
+  return launch_together({&task, 1}, stream);
 }
 
 }  // namespace mfac_kernels

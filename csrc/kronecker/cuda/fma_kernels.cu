@@ -32,9 +32,17 @@ __device__ __forceinline__ T element(const Side& side, const T* data, const Patc
   return value;
 }
 
-// blockIdx.x: tiles, innermost, and blocks of the factor; blockIdx.y: runs of rows. sums (splits, blocks, tiles, kTile, kTile)
-template <class T, int kTile, bool kCross>
-__global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Products p, Accumulator<T>* sums) {
+template <bool kCross, class Item>
+__device__ __forceinline__ const Side& right_side(const Item& p) {
+  if constexpr (kCross)
+    return p.b;
+  else
+    return p.a;
+}
+
+// blockIdx.x: tiles, innermost, blocks of a factor, runs of rows, and factors. Given: Products, or several together.
+template <class T, int kTile, bool kCross, class Given>
+__global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Given given) {
   using A = Accumulator<T>;
   constexpr int kPer = kTile / 16;        // rows, and columns, of the tile that a thread sums
   constexpr int kWide = 16 / sizeof(A);   // of which this many lie together
@@ -44,16 +52,20 @@ __global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Produ
   MFAC_SHARED(PatchRow, rows, 2 * kSlab);
   MFAC_SHARED(A, weights, kSlab);
   MFAC_SHARED(PatchColumn<T>, columns, 2 * kTile);
+  MFAC_SHARED(int, item, 1);  // read for each slab: of several, its fields do not fit the registers as well
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread();
-  const int64_t block = blockIdx.x / p.cut.tiles, index = blockIdx.x % p.cut.tiles;
+  const Place place = place_of_block(given);
+  const auto& p = item_of(given, place.item);
+  const Work work = work_of(p, place.index);
+  if (work.run.count == 0) return;
+  const int64_t block = work.tile / p.cut.tiles, index = work.tile % p.cut.tiles;
   const TileIndex tile = kCross ? TileIndex{index / p.cut.tiles_across, index % p.cut.tiles_across} : lower_tile(index);
   if (!kCross && !is_wanted(p, tile)) return;
-  const Side& b = kCross ? p.b : p.a;
+  const Side& b = right_side<kCross>(p);
   const T* const data_a = static_cast<const T*>(p.a.patches.data) + block * p.a.block_offset;
   const T* const data_b = static_cast<const T*>(b.patches.data) + block * b.block_offset;
 
-  const int64_t slabs = divide_up(p.rows, kSlab);
-  const int64_t begin = blockIdx.y * slabs / p.cut.splits * kSlab, end = min((blockIdx.y + 1) * slabs / p.cut.splits * kSlab, p.rows);
+  const int64_t begin = work.run.boundary(work.run.index, kSlab), end = work.run.boundary(work.run.index + 1, kSlab);
   for (int i = thread; i < kTile; i += kThreads) {
     columns[i] = column_of<T>(p.a, block, tile.row * kTile + i);
     columns[kTile + i] = column_of<T>(b, block, tile.column * kTile + i);
@@ -83,12 +95,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Produ
 
   // A warp's threads form 4 x 8 of the block's 16 x 16; packs of a thread are 16 packs apart.
   const int ty = lane / 8 + warp / 2 * 4, tx = lane % 8 + warp % 2 * 8;
-  A* const tile_sums = sums + (blockIdx.y * int64_t(gridDim.x) + blockIdx.x) * kTile * kTile;
+  A* const tile_sums = static_cast<A*>(p.sums) + place.index * (kTile * kTile);
   int64_t first = begin;
+  item[0] = place.item;  // by every thread for itself
   do {
-    rows[thread] = patch_row(p.a.patches, first + thread, end);
-    weights[thread] = weight_of<A>(p, first + thread, rows[thread]);
-    if (kCross) rows[kSlab + thread] = patch_row(p.b.patches, first + thread, end);
+    const auto& of_slab = item_of(given, item[0]);
+    rows[thread] = patch_row(of_slab.a.patches, first + thread, end);
+    weights[thread] = weight_of<A>(of_slab, first + thread, rows[thread]);
+    if (kCross) rows[kSlab + thread] = patch_row(b.patches, first + thread, end);
     __syncthreads();
     A sum[kPer][kPer] = {};
     const auto chunks = static_cast<int>(divide_up(min(int64_t(kSlab), end - first), kDepth));
@@ -132,27 +146,27 @@ __global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Produ
   } while (first < end);
 }
 
-template <class T, bool kCross>
-cudaError_t launch_products(const Products& p, void* sums, cudaStream_t stream) {
-  auto* to = static_cast<Accumulator<T>*>(sums);
+template <class T, bool kCross, class Given>
+cudaError_t launch_products(const Given& given, const Cut& cut, int64_t thread_blocks, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(thread_blocks));
   if constexpr (!std::is_same_v<T, double>)
-    if (p.cut.tile() == 128) return launch(products_kernel<T, 128, kCross>, p.cut.grid(), dim3(kThreads), 0, stream, p, to);
-  return launch(products_kernel<T, 64, kCross>, p.cut.grid(), dim3(kThreads), 0, stream, p, to);
+    if (cut.tile() == 128) return launch(products_kernel<T, 128, kCross, Given>, grid, dim3(kThreads), 0, stream, given);
+  return launch(products_kernel<T, 64, kCross, Given>, grid, dim3(kThreads), 0, stream, given);
 }
 
 }  // namespace
 
-cudaError_t fma_products(const Products& p, void* sums, cudaStream_t stream) {
-  const auto run = [&](auto element) {
+cudaError_t fma_products(const Products& p, cudaStream_t stream) {
+  return for_type(p.a.patches.dtype, [&](auto element) {
     using T = decltype(element);
-    return p.cut.cross ? launch_products<T, true>(p, sums, stream) : launch_products<T, false>(p, sums, stream);
-  };
-  switch (p.a.patches.dtype) {
-    case DType::f32: return run(float());
-    case DType::f64: return run(double());
-    case DType::bf16: return run(bf16());
-    default: return run(fp16());
-  }
+    return p.cut.cross ? launch_products<T, true>(p, p.cut, p.cut.thread_blocks(), stream)
+                       : launch_products<T, false>(p, p.cut, p.cut.thread_blocks(), stream);
+  });
+}
+cudaError_t fma_products(const Together<FactorProducts>& all, cudaStream_t stream) {
+  return for_type(all.items[0].a.patches.dtype, [&](auto element) {
+    return launch_products<decltype(element), false>(all, all.items[0].cut, all.thread_blocks, stream);
+  });
 }
 
 }  // namespace mfac_kernels

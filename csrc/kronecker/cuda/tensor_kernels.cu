@@ -100,9 +100,9 @@ __device__ __forceinline__ void load_right(Shared<T> rows, uint32_t (&b)[2][2]) 
   }
 }
 
-// blockIdx.x: tiles, innermost, and blocks of the factor; blockIdx.y: runs of rows. sums (splits, blocks, tiles, kTile, kTile)
-template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks) tensor_kernel(const Products p, float* sums) {
+// blockIdx.x: tiles, innermost, blocks of a factor, runs of rows, and factors. Given: Products, or several together.
+template <class T, class Given>
+__global__ void __launch_bounds__(kThreads, kBlocks) tensor_kernel(const Given given) {
   constexpr int kVectors = kTile / kVector<T>;  // of a row
   constexpr int kRows = kThreads / kVectors;    // copied at a time
   constexpr int kFragments = kWarpTile / 16;
@@ -110,14 +110,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tensor_kernel(const Product
   MFAC_SHARED(PatchRow, rows, kSlab);
   MFAC_SHARED(float, weights, kSlab);
   const int thread = static_cast<int>(threadIdx.x), lane = lane_of_thread(), warp = warp_of_thread();
-  const int64_t block = blockIdx.x / p.cut.tiles;
-  const TileIndex tile = lower_tile(blockIdx.x % p.cut.tiles);
+  const Place place = place_of_block(given);
+  const auto& p = item_of(given, place.item);
+  const Work work = work_of(p, place.index);
+  if (work.run.count == 0) return;
+  const int64_t block = work.tile / p.cut.tiles;
+  const TileIndex tile = lower_tile(work.tile % p.cut.tiles);
   if (!is_wanted(p, tile)) return;
   const bool diagonal = tile.row == tile.column;
   const T* const data = static_cast<const T*>(p.a.patches.data) + block * p.a.block_offset;
 
-  const int64_t slabs = divide_up(p.rows, kSlab);
-  const int64_t begin = blockIdx.y * slabs / p.cut.splits * kSlab, end = min((blockIdx.y + 1) * slabs / p.cut.splits * kSlab, p.rows);
+  const int64_t begin = work.run.boundary(work.run.index, kSlab), end = work.run.boundary(work.run.index + 1, kSlab);
 
   const int first_row = thread / kVectors, column = thread % kVectors * kVector<T>;
   const PatchVector<T> left = vector_of<T>(p.a, block, tile.row * kTile + column);
@@ -134,7 +137,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tensor_kernel(const Product
   };
 
   const int row_of_warp = warp / 2 * kWarpTile, column_of_warp = warp % 2 * kWarpTile;
-  float* const tile_sums = sums + (blockIdx.y * int64_t(gridDim.x) + blockIdx.x) * kTile * kTile;
+  float* const tile_sums = static_cast<float*>(p.sums) + place.index * (kTile * kTile);
   int64_t first = begin;
   do {
     for (int i = thread; i < kSlab; i += kThreads) {
@@ -192,20 +195,26 @@ __global__ void __launch_bounds__(kThreads, kBlocks) tensor_kernel(const Product
   } while (first < end);
 }
 
-template <class T>
-cudaError_t launch_tensor(const Products& p, void* sums, cudaStream_t stream) {
-  return launch(tensor_kernel<T>, p.cut.grid(), dim3(kThreads), kStages * 2 * kDepth<T> * kStride * sizeof(T), stream, p,
-                static_cast<float*>(sums));
+template <class Given>
+cudaError_t launch_tensor(const Given& given, DType dtype, int64_t thread_blocks, cudaStream_t stream) {
+  const auto run = [&]<class T>(T) {
+    return launch(tensor_kernel<T, Given>, dim3(static_cast<unsigned>(thread_blocks)), dim3(kThreads),
+                  kStages * 2 * kDepth<T> * kStride * sizeof(T), stream, given);
+  };
+  switch (dtype) {
+    case DType::bf16: return run(bf16());
+    case DType::fp16: return run(fp16());
+    default: return run(float());
+  }
 }
 
 }  // namespace
 
-cudaError_t tensor_products(const Products& p, void* sums, cudaStream_t stream) {
-  switch (p.a.patches.dtype) {
-    case DType::bf16: return launch_tensor<bf16>(p, sums, stream);
-    case DType::fp16: return launch_tensor<fp16>(p, sums, stream);
-    default: return launch_tensor<float>(p, sums, stream);
-  }
+cudaError_t tensor_products(const Products& p, cudaStream_t stream) {
+  return launch_tensor(p, p.a.patches.dtype, p.cut.thread_blocks(), stream);
+}
+cudaError_t tensor_products(const Together<FactorProducts>& all, cudaStream_t stream) {
+  return launch_tensor(all, all.items[0].a.patches.dtype, all.thread_blocks, stream);
 }
 
 }  // namespace mfac_kernels

@@ -1,0 +1,175 @@
+"""Layer Hessians, as GPTQ and SparseGPT use them: sums of x x^T, of experts and of whole models, and their factors.
+
+Each result is verified before it is timed. Floors: D (D + 1) flops for each row of an accumulation, 2/3 n^3 for the
+factor of an inverse, n^3 / 3 for the inverse of a triangle. MB: the most that a call holds at a time beside its
+arguments, its result included: resident memory of a process of its own, or on a GPU what torch's allocator counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+from multiprocessing import get_context
+
+import pytest
+import torch
+from peak_memory import watch
+from torch import Tensor
+
+from mfac_kernels import ops
+
+SIZES = [768, 2048, 4096, 8192]
+TOKENS = 2048  # of one sequence
+EXPERTS, ROUTED = 8, 4096
+
+
+def normal(*shape: int, device: str, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(seed))
+
+
+def hessian(n: int, device: str) -> Tensor:
+    """Of 2 n tokens, damped as GPTQ has it."""
+    x = normal(2 * n, n, device=device)
+    h = x.mT @ x / n
+    h.diagonal().add_(0.01 * h.diagonal().mean())
+    return h
+
+
+def three_calls(h: Tensor) -> Tensor:
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+
+
+def one_call(h: Tensor) -> Tensor:
+    return ops.cholesky_inverse_factor_ex(h)[0]
+
+
+FACTORS = {"ours": one_call, "three calls": three_calls}
+
+
+def peak_of(name: str, n: int, device: str) -> int:
+    """The bytes that one contender takes, once what is loaded or allocated once is there."""
+    FACTORS[name](hessian(64, device))
+    h = hessian(n, device)
+    taken = watch(device)
+    FACTORS[name](h)
+    return taken()
+
+
+def peaks(n: int, device: str) -> dict[str, float]:
+    """In MB. Each in a process of its own: freed memory that the allocator has kept would not show."""
+    result = {}
+    for name in FACTORS:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            result[name] = process.submit(peak_of, name, n, device).result() / 1e6
+    return result
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
+    error = float((got - want).norm() / want.norm())
+    assert error <= tolerance, error
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_factor_of_the_inverse(race, device, n):
+    h, probe = hessian(n, device), normal(n, 4, device=device, seed=1)
+    for contender in FACTORS.values():
+        u = contender(h)
+        assert_close(u.mT @ (u @ (h @ probe)), probe, 1e-3)
+    race(
+        "factor of an inverse",
+        f"n={n}",
+        lambda: one_call(h),
+        {"three calls": lambda: three_calls(h)},
+        flops=2 / 3 * n**3,
+        megabytes=peaks(n, device),
+    )
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_triangular_inverse(race, device, n):
+    lower, identity = torch.linalg.cholesky(hessian(n, device)), torch.eye(n, device=device)
+    probe = normal(n, 4, device=device, seed=1)
+
+    def solve() -> Tensor:
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+
+    for inverse in (ops.triangular_inverse(lower), solve()):
+        assert_close(lower @ (inverse @ probe), probe, 1e-4)
+    race(
+        "inverse of a triangle",
+        f"n={n}",
+        lambda: ops.triangular_inverse_ex(lower),
+        {"solve_triangular, identity": solve},
+        flops=n**3 / 3,
+    )
+
+
+@pytest.mark.parametrize("d", SIZES)
+def test_accumulation(race, device, d):
+    x = normal(TOKENS, d, device=device)
+    want = x.mT @ x
+    factor, h = torch.zeros_like(want), torch.zeros_like(want)
+    ops.linear_factor_(factor, x)
+    assert_close(factor, want, 1e-5)
+    race(
+        "H += x^T x",
+        f"T={TOKENS} D={d}",
+        lambda: ops.linear_factor_(factor, x),
+        {"H.add_(x.mT @ x)": lambda: h.add_(x.mT @ x), "H.addmm_(x.mT, x)": lambda: h.addmm_(x.mT, x)},
+        flops=TOKENS * d * (d + 1),
+    )
+
+
+@pytest.mark.parametrize("d", [768, 2048])
+def test_experts(race, device, d):
+    """Loads from 1 to 1/8 of the first: each expert gets less than the one before."""
+    x, loads = normal(ROUTED, d, device=device), torch.linspace(1, 1 / EXPERTS, EXPERTS).cumsum(0)
+    ends = [0, *(loads / loads[-1] * ROUTED).long().tolist()]
+    offsets = torch.tensor(ends, device=device)
+    want = torch.stack([part.mT @ part for part in (x[begin:end] for begin, end in pairwise(ends))])
+    factors, sums = torch.zeros_like(want), torch.zeros_like(want)
+    ops.linear_factor_(factors, x, offsets=offsets)
+    assert_close(factors, want, 1e-5)
+
+    def loop() -> None:
+        for factor, (begin, end) in zip(factors, pairwise(ends), strict=True):
+            ops.linear_factor_(factor, x[begin:end])
+
+    def plain() -> None:
+        for h, (begin, end) in zip(sums, pairwise(ends), strict=True):
+            h.add_(x[begin:end].mT @ x[begin:end])
+
+    race(
+        "experts, ragged",
+        f"E={EXPERTS} T={ROUTED} D={d}",
+        lambda: ops.linear_factor_(factors, x, offsets=offsets),
+        {"loop over linear_factor_": loop, "loop over H.add_(x.mT @ x)": plain},
+        flops=ROUTED * d * (d + 1),
+    )
+
+
+@pytest.mark.parametrize("rows", [32, 512])
+def test_model(race, device, rows):
+    """The inputs of the 48 linear layers of 12 transformer blocks of width 768, of a few rows or of more."""
+    xs = [normal(rows, d, device=device, seed=i) for i, d in enumerate([768, 768, 768, 3072] * 12)]
+    wants = [x.mT @ x for x in xs]
+    factors, sums = ([torch.zeros_like(want) for want in wants] for _ in range(2))
+    ops.grouped_linear_factor_(factors, xs)
+    for factor, want in zip(factors, wants, strict=True):
+        assert_close(factor, want, 1e-5)
+
+    def loop(add: Callable[[Tensor, Tensor], object], targets: list[Tensor]) -> None:
+        for target, x in zip(targets, xs, strict=True):
+            add(target, x)
+
+    race(
+        "every layer of a model",
+        f"48 layers T={rows}",
+        lambda: ops.grouped_linear_factor_(factors, xs),
+        {
+            "loop over linear_factor_": lambda: loop(ops.linear_factor_, factors),
+            "loop over H.add_(x.mT @ x)": lambda: loop(lambda h, x: h.add_(x.mT @ x), sums),
+        },
+        flops=sum(rows * x.shape[1] * (x.shape[1] + 1) for x in xs),
+    )
