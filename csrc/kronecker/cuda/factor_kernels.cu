@@ -207,19 +207,21 @@ struct Task {
   }
 };
 
+// Of one kind
 cudaError_t launch_together(std::span<const Task> tasks, cudaStream_t stream) {
   cudaError_t error = cudaSuccess;
-  Together<FactorProducts> products;
   std::vector<Finish> finish;
   for (const Task& task : tasks) {
     if (task.ragged && (error = task.launch_runs(stream)) != cudaSuccess) return error;
-    products.add(task.products, task.products.cut.thread_blocks());
     finish.push_back(task.finish);
   }
-  if (tasks.size() == 1)
+  if (tasks.size() == 1) {
     error = tasks[0].launch_products(stream);
-  else
+  } else {
+    Together<FactorProducts> products;
+    for (const Task& task : tasks) products.add(task.products, task.products.cut.thread_blocks());
     error = tasks[0].products.on_tensor_cores ? tensor_products(products, stream) : fma_products(products, stream);
+  }
   if (error != cudaSuccess) return error;
   const auto count = static_cast<int>(finish.size());
   if (finish[0].refused && (error = flag_sums(finish.data(), count, stream)) != cudaSuccess) return error;

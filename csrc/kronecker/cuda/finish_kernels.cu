@@ -13,6 +13,7 @@ namespace mfac_kernels {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocks = 4;  // on an SM, at least
 
 // Where the sums of a block of the factor are
 struct BlockSums {
@@ -61,7 +62,7 @@ __global__ void __launch_bounds__(kThreads) flag_kernel(const Together<Finish> a
 // Adds the runs, scales, and writes both triangles. blockIdx.x: squares of kSide of the lower triangle, innermost, blocks of a factor, and
 // factors. With kLanes > 1 that many threads share the runs of an element, which makes no difference to fewer runs.
 template <class A, int kSide, int kLanes>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const Together<Finish> all) {
+__global__ void __launch_bounds__(kThreads, kBlocks) finish_kernel(const Together<Finish> all) {
   constexpr int kStep = kThreads / kLanes;  // elements at a time
   static_assert(kStep % kSide == 0 && kSide * kSide % kStep == 0);
   MFAC_SHARED(double, parts, kLanes * kSide * (kSide + 1));
