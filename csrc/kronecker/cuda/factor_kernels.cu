@@ -158,6 +158,7 @@ struct Task {
     products.weights = weights;
     finish.factor = block_of(x, out);
     finish.columns = y.channels;
+    finish.beta = {0};
     finish.bias_square = -1;
     describe(products.cut.splits);
   }
