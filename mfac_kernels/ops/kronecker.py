@@ -72,7 +72,7 @@ def linear_factor_(
         weights: (...), one for each row.
         check_finite: as above; with ``offsets`` flags are (E,) and each factor is refused by itself.
     """
-    count = 1 if offsets is None else offsets.shape[0] - 1
+    count = 1 if offsets is None else max(0, offsets.numel() - 1)
     flag = _flag(factor, check_finite, count)
     (before, betas), (added, alphas) = _scale(beta), _scale(alpha)
     _ops.linear_factor_(factor, x, weights, bias, before, added, flag, _allow_tf32(), offsets, betas, alphas)
