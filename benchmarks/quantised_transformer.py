@@ -117,7 +117,7 @@ def compressed(model: nn.Module, calibration: Tensor, compress: Compress) -> nn.
             for batch in calibration.split(BATCH):
                 model(batch[:, :-1])
         for name, hessian in hessians.items():
-            compress(model.get_submodule(name), hessian)
+            compress(hessians.layer(name), hessian)
     return model
 
 

@@ -2,6 +2,9 @@
 
 Every expert is a layer of its own, with the tokens that the router sends there. Experts that get none have no Hessian;
 their weights are rounded to nearest.
+
+Where experts are slices of one parameter, as in transformers, `LayerHessian(model, experts=["*.experts.*"])` has one
+Hessian for each of them, and `gptq(hessians.layer(name), hessians[name])` takes all at once.
 """
 
 from __future__ import annotations
@@ -40,11 +43,10 @@ def quantise(model: nn.Module, data: list[Tensor], bits: int, memory: int) -> li
             for batch in data:
                 model(batch)
         for name, tokens in shard.tokens.items():
-            layer = model.get_submodule(name)
             if tokens:
-                mk.pruning.gptq(layer, shard[name], bits, group_size=32)
+                mk.pruning.gptq(shard.layer(name), shard[name], bits, group_size=32)
             else:
-                mk.pruning.round_to_nearest(layer, bits, group_size=32)
+                mk.pruning.round_to_nearest(shard.layer(name), bits, group_size=32)
                 rounded.append(name)
     return rounded
 

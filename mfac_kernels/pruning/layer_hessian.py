@@ -16,34 +16,43 @@ import copy
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
-from torch.utils.hooks import RemovableHandle
 
 from mfac_kernels import ops
 from mfac_kernels.fisher import _checks
 from mfac_kernels.fisher._convolution import input_factor_
 from mfac_kernels.fisher._state import check_entries, check_like, copy_into
 from mfac_kernels.pruning import _layers
+from mfac_kernels.pruning._experts import Watch
 
 __all__ = ["LayerHessian"]
 
 Scale = Literal["hessian", "mean", "sum"]
+Count = int | list[int]
 
 
 @dataclass
 class _Gathered:
-    """Of one layer, on the device of its inputs. total: sum_t x_t x_t^T; tokens, refused: () int64."""
+    """Of one layer, on the device of its inputs.
+
+    total: sum_t x_t x_t^T; tokens, refused: () int64, or (experts,).
+    """
 
     total: Tensor
     tokens: Tensor
     refused: Tensor
+
+    def count(self, tokens: Tensor | int, refused: Tensor) -> None:
+        """So many more tokens, if they were not refused."""
+        refused = refused.to(torch.int64)
+        self.tokens += tokens * (1 - refused)
+        self.refused += refused
 
 
 class LayerHessian(Mapping[str, Tensor]):
@@ -53,12 +62,13 @@ class LayerHessian(Mapping[str, Tensor]):
             for batch in data:
                 model(batch)
         for name, hessian in hessians.items():
-            mk.pruning.gptq(model.get_submodule(name), hessian, bits=4)
+            mk.pruning.gptq(hessians.layer(name), hessian, bits=4)
 
     Gathered inside ``with``, which may be entered again to go on. Layers are Linear, Conv1d, Conv2d, Conv3d and the
     Conv1D of transformers. A Hessian is (columns, columns), columns being those of ``weight.flatten(1)``; for a
     convolution with groups (groups, columns, columns). A token is a row of a linear layer's inputs, or a patch of a
-    convolution's. Layers that share a weight have one Hessian, under the name of the first.
+    convolution's. Layers that share a weight have one Hessian, under the name of the first. Stacked ``experts`` have
+    (experts, columns, columns) under the name of their parameter, 0 for those without tokens.
 
     It is a new tensor each time that it is asked for, float32, or float64 for float64 inputs, on the device of the
     inputs; 16-bit inputs are summed in float32. A call without tokens changes nothing. One whose input is not finite
@@ -72,6 +82,8 @@ class LayerHessian(Mapping[str, Tensor]):
         model: in the mode that it is used in. Under ``torch.compile``, enter before its first call.
         include: patterns (``fnmatch``) of the names of layers; None: all.
         exclude: patterns of those to leave out.
+        experts: patterns of the names of parameters (experts, rows, columns) that are layers too, used by
+            ``F.linear(x, weight[e])`` or ``F.grouped_mm(x, weight.mT, offs=..)`` in this thread, not compiled.
         scale: ``"hessian"``: (2/T) sum_t x_t x_t^T; ``"mean"``: (1/T) sum_t x_t x_t^T; ``"sum"``: sum_t x_t x_t^T.
         memory: bytes for what is gathered.
 
@@ -85,6 +97,7 @@ class LayerHessian(Mapping[str, Tensor]):
         *,
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
+        experts: Sequence[str] = (),
         scale: Scale = "hessian",
         memory: int | None = None,
     ) -> None:
@@ -92,14 +105,14 @@ class LayerHessian(Mapping[str, Tensor]):
             raise ValueError(f"scale: expected 'hessian', 'mean' or 'sum', got {scale!r}")
         self.scale = scale
         self.memory = None if memory is None else _checks.positive_int("memory", memory)
-        self._layers = _find(model, include, exclude)
+        self._layers = _layers.find(model, include, exclude, experts)
         self._gathered: dict[str, _Gathered] = {}
-        self._hooks: list[RemovableHandle] = []
+        self._hooks: ExitStack | None = None
 
     # ---- gathering -------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> LayerHessian:
-        if self._hooks:
+        if self._hooks is not None:
             raise RuntimeError("LayerHessian: it is gathering already")
         size = sum(map(_bytes, self._layers.values()))
         if self.memory is not None and size > self.memory:
@@ -107,20 +120,24 @@ class LayerHessian(Mapping[str, Tensor]):
                 f"memory: expected at least {size} bytes for {len(self._layers)} Hessians at once, got {self.memory}; "
                 "gather them in shards()"
             )
-        self._hooks = [
-            module.register_forward_hook(partial(self._on_call, name), with_kwargs=True)
-            for name, modules in self._layers.items()
-            for module in modules
-        ]
+        self._hooks = ExitStack()
+        for name, layers in self._layers.items():
+            for module in layers:
+                if isinstance(module, nn.Module):
+                    hook = module.register_forward_hook(partial(self._on_call, name), with_kwargs=True)
+                    self._hooks.callback(hook.remove)
+        stacked = {name: own[0] for name, own in self._layers.items() if isinstance(own[0], nn.Parameter)}
+        if stacked:
+            self._hooks.enter_context(Watch(stacked, self._on_experts))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        refused = {name: count for name, count in self.refused.items() if count} if kind is None else {}
-        if refused:
-            listed = ", ".join(f"{name or 'the model itself'}: {count}" for name, count in refused.items())
+        if self._hooks is not None:
+            self._hooks.close()
+        self._hooks = None
+        refused = [(name, count) for name, count in self.refused.items() if _some(count)]
+        if refused and kind is None:
+            listed = ", ".join(f"{name or 'the model itself'}: {count}" for name, count in refused)
             warnings.warn(f"LayerHessian refused calls whose inputs are not finite: {listed}", stacklevel=2)
 
     def shards(self) -> Iterator[LayerHessian]:
@@ -132,7 +149,7 @@ class LayerHessian(Mapping[str, Tensor]):
                 for batch in data:
                     model(batch)
             for name, hessian in shard.items():
-                mk.pruning.gptq(model.get_submodule(name), hessian, bits=4)
+                mk.pruning.gptq(shard.layer(name), hessian, bits=4)
 
         So later layers see what has become of earlier ones.
 
@@ -142,7 +159,7 @@ class LayerHessian(Mapping[str, Tensor]):
         for names in self._packed():
             shard = copy.copy(self)
             shard._layers = {name: self._layers[name] for name in names}
-            shard._gathered, shard._hooks = {}, []
+            shard._gathered, shard._hooks = {}, None
             yield shard
             shard._gathered.clear()
 
@@ -172,55 +189,78 @@ class LayerHessian(Mapping[str, Tensor]):
             raise TypeError(f"{name}: expected a dense tensor as input, got {got}")
         if x.numel() == 0:
             return
-        mine = self._gathered.get(name)
-        if mine is None:
-            mine = self._gathered[name] = _empty(module, x)
-        x = x.detach().to(mine.total.device)
-        if (x.dtype == torch.float64) != (mine.total.dtype == torch.float64):
-            x = x.to(mine.total.dtype)
+        mine, x = self._prepared(name, x)
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
             tokens = output.numel() // module.out_channels
             # A copy without the check of the op, which excludes its fastest ways.
             finite = x.isfinite().all()
             images = x if x.dim() == module.weight.dim() else x[None]
             input_factor_(module, mine.total, torch.where(finite, images, 0))
-            accepted = finite.to(torch.int64)
+            mine.count(tokens, ~finite)
         else:
-            tokens = x.numel() // x.shape[-1]
             refused = ops.linear_factor_(mine.total, x, check_finite=True)
             assert refused is not None
-            accepted = 1 - refused[0].to(torch.int64)
-        mine.tokens += tokens * accepted
-        mine.refused += 1 - accepted
+            mine.count(x.numel() // x.shape[-1], refused[0])
+
+    @torch.no_grad()
+    def _on_experts(self, name: str, x: Tensor, offsets: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        mine, x = self._prepared(name, x)
+        offsets = offsets.to(x.device)
+        refused = ops.linear_factor_(mine.total, x, offsets=offsets, check_finite=True)
+        assert refused is not None
+        mine.count(offsets.diff(), refused)
+
+    def _prepared(self, name: str, x: Tensor) -> tuple[_Gathered, Tensor]:
+        """The sums, and x on their device and in a dtype that they take."""
+        mine = self._gathered.get(name)
+        if mine is None:
+            mine = self._gathered[name] = _empty(self._layers[name][0], x)
+        x = x.detach().to(mine.total.device)
+        fits = (x.dtype == torch.float64) == (mine.total.dtype == torch.float64)
+        return mine, x if fits else x.to(mine.total.dtype)
 
     # ---- what was gathered -----------------------------------------------------------------------------------------
 
     @property
-    def tokens(self) -> dict[str, int]:
-        """T of each layer; 0: no finite token yet. Waits for the device."""
-        return {name: int(self._gathered[name].tokens) if name in self._gathered else 0 for name in self._layers}
+    def tokens(self) -> dict[str, Count]:
+        """T of each layer, a list for stacked experts; 0: no finite token yet. Waits for the device."""
+        return {name: self._counted(name, "tokens") for name in self._layers}
 
     @property
-    def refused(self) -> dict[str, int]:
+    def refused(self) -> dict[str, Count]:
         """How many calls of each layer had an input that was not finite. Waits for the device."""
-        return {name: int(self._gathered[name].refused) if name in self._gathered else 0 for name in self._layers}
+        return {name: self._counted(name, "refused") for name in self._layers}
+
+    def _counted(self, name: str, what: Literal["tokens", "refused"]) -> Count:
+        mine, layer = self._gathered.get(name), self._layers[name][0]
+        count = torch.zeros(_layers.experts_shape(layer)) if mine is None else getattr(mine, what)
+        return cast(Count, count.to(torch.int64).tolist())
+
+    def layer(self, name: str) -> nn.Module | nn.Parameter:
+        """The layer itself, as :func:`gptq` and :func:`sparsegpt` take it."""
+        return self._layers[name][0]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._layers:
             raise KeyError(f"{name}: expected a layer that Hessians are gathered of")
-        tokens = int(self._gathered[name].tokens) if name in self._gathered else 0
-        if not tokens:
+        mine = self._gathered.get(name)
+        if mine is None or not bool(mine.tokens.any()):
             raise KeyError(f"{name}: expected a layer that was given tokens")
-        return self._gathered[name].total * {"hessian": 2 / tokens, "mean": 1 / tokens, "sum": 1.0}[self.scale]
+        if self.scale == "sum":
+            return mine.total.clone()
+        factor = (2 if self.scale == "hessian" else 1) / mine.tokens.clamp_min(1).to(mine.total.dtype)
+        return mine.total * factor[..., None, None]
 
     def __contains__(self, name: object) -> bool:
-        return name in list(self)
+        return any(name == other for other in self)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, count in self.tokens.items() if count)
+        return (name for name, count in self.tokens.items() if _some(count))
 
     def __len__(self) -> int:
-        return sum(map(bool, self.tokens.values()))
+        return sum(1 for _ in self)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Name of a layer -> what it has gathered: ``total``, the sum over tokens; ``tokens``; ``refused``.
@@ -247,35 +287,17 @@ class LayerHessian(Mapping[str, Tensor]):
         self._gathered = loaded
 
 
-def _find(model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str]) -> dict[str, list[nn.Module]]:
-    """By name, with the modules that share the layer's weight."""
-    found: dict[str, nn.Module] = {name: m for name, m in model.named_modules() if _layers.is_layer(m)}
-    chosen = found
-    for argument, patterns in (("include", include), ("exclude", exclude)):
-        if isinstance(patterns, str):
-            raise TypeError(f"{argument}: expected a sequence of names, got the string {patterns!r}")
-        for pattern in patterns or ():
-            if not any(fnmatchcase(name, pattern) for name in found):
-                raise ValueError(f"{argument}: expected patterns that fit layers, got {pattern!r}")
-    if include is not None:
-        chosen = {n: m for n, m in chosen.items() if any(fnmatchcase(n, pattern) for pattern in include)}
-    chosen = {n: m for n, m in chosen.items() if not any(fnmatchcase(n, pattern) for pattern in exclude)}
-    if not chosen:
-        raise ValueError("model: expected linear or convolutional layers, got none")
-    first: dict[int, str] = {}
-    layers: dict[str, list[nn.Module]] = {}
-    for name, module in chosen.items():
-        if isinstance(module.weight, UninitializedParameter):
-            raise ValueError(f"model: expected layers with a shape, got {name}: call the model once before")
-        layers.setdefault(first.setdefault(id(module.weight), name), []).append(module)
-    return layers
-
-
-def _empty(layer: nn.Module, x: Tensor) -> _Gathered:
+def _empty(layer: _layers.Layer, x: Tensor) -> _Gathered:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    count = torch.zeros((), dtype=torch.int64, device=x.device)
-    return _Gathered(torch.zeros(_layers.hessian_shape(layer), dtype=dtype, device=x.device), count, count.clone())
+    total = torch.zeros(_layers.hessian_shape(layer), dtype=dtype, device=x.device)
+    count = torch.zeros(_layers.experts_shape(layer), dtype=torch.int64, device=x.device)
+    return _Gathered(total, count, count.clone())
 
 
-def _bytes(modules: Sequence[nn.Module]) -> int:
-    return math.prod(_layers.hessian_shape(modules[0])) * (8 if modules[0].weight.dtype == torch.float64 else 4)
+def _bytes(layers: Sequence[_layers.Layer]) -> int:
+    wide = _layers.weight_of(layers[0]).dtype == torch.float64
+    return math.prod(_layers.hessian_shape(layers[0])) * (8 if wide else 4)
+
+
+def _some(count: Count) -> bool:
+    return any(count) if isinstance(count, list) else count > 0

@@ -1,35 +1,20 @@
-"""Layer Hessians: the sum over tokens, whatever the layer, the dtype and the way in which they arrive.
-
-Bound. A sum of T products in precision eps is off by at most T eps sum |x_i x_j| (Higham, Accuracy and Stability of
-Numerical Algorithms, section 3.1), which is at most T eps sqrt(H_ii H_jj).
-"""
+"""Layer Hessians: the sum over tokens, whatever the layer, the dtype and the way in which they arrive."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from layer_cases import LAYERS, inputs, layer, rows
+from layer_cases import DTYPES, EPS, LAYERS, assert_hessian, inputs, layer, rows, same_hessians
 from torch import Tensor, nn
 
 from mfac_kernels import ops
 from mfac_kernels.pruning import LayerHessian
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-EPS = {dtype: torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps for dtype in DTYPES}
 
 
 def moments(module: nn.Module, batches: list[Tensor]) -> Tensor:
     """sum_t x_t x_t^T as a Hessian is shaped."""
     x = torch.cat([rows(module, batch.cpu()) for batch in batches], 1)
     return (x.mT @ x).squeeze(0)
-
-
-def assert_is(got: Tensor, want: Tensor, tokens: int, dtype: torch.dtype) -> None:
-    got = got.cpu()
-    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert got.shape == want.shape and torch.equal(got, got.mT)
-    size = want.diagonal(dim1=-2, dim2=-1).sqrt()
-    assert bool(((got.double() - want).abs() <= tokens * EPS[dtype] * size[..., :, None] * size[..., None, :]).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -44,7 +29,7 @@ def test_every_layer(kind, dtype, device):
             module(batch)
     tokens = sum(rows(module, batch.cpu()).shape[1] for batch in batches)
     assert hessians.tokens == {"": tokens} and hessians.refused == {"": 0} and list(hessians) == [""]
-    assert_is(hessians[""], 2 * moments(module, batches) / tokens, tokens, dtype)
+    assert_hessian(hessians[""], 2 * moments(module, batches) / tokens, tokens, dtype)
 
 
 @pytest.mark.parametrize(("scale", "factor"), [("hessian", 2 / 13), ("mean", 1 / 13), ("sum", 1.0)])
@@ -53,7 +38,7 @@ def test_scales(scale, factor):
     with LayerHessian(module, scale=scale) as hessians:
         for batch in batches:
             module(batch)
-    assert_is(hessians[""], factor * moments(module, batches), 13, torch.float64)
+    assert_hessian(hessians[""], factor * moments(module, batches), 13, torch.float64)
 
 
 def assert_identity(got: Tensor, cond: Tensor) -> None:
@@ -93,42 +78,6 @@ def test_many_tokens_in_16_bits():
     assert torch.equal(hessians[""], torch.full((2, 2), 10_000.0))
 
 
-class Experts(nn.Module):
-    """Every token to one of the experts: those that no token goes to are called with none, or not at all."""
-
-    def __init__(self, count: int, call_all: bool) -> None:
-        super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(count))
-        self.call_all = call_all
-
-    def forward(self, x: Tensor, expert: Tensor) -> Tensor:
-        result = torch.zeros_like(x)
-        for i, own in enumerate(self.experts):
-            here = expert == i
-            if self.call_all or bool(here.any()):
-                result[here] = own(x[here])
-        return result
-
-
-@pytest.mark.parametrize("call_all", [True, False])
-def test_experts(call_all):
-    model = Experts(4, call_all).double()
-    x, expert = inputs("linear", count=50)[:, :6], torch.arange(50) % 3
-    expert[0] = 3
-    expert[expert == 1] = 2  # nothing goes to 1, one token to 3
-    with LayerHessian(model) as hessians:
-        model(x[:30], expert[:30])
-        model(x[30:], expert[30:])
-    assert hessians.tokens == {f"experts.{i}": int((expert == i).sum()) for i in range(4)}
-    assert list(hessians) == ["experts.0", "experts.2", "experts.3"] and len(hessians) == 3
-    assert "experts.1" not in hessians and "experts.3" in hessians
-    with pytest.raises(KeyError, match=r"experts\.1: expected a layer that was given tokens"):
-        hessians["experts.1"]
-    for i in (0, 2, 3):
-        own = x[expert == i]
-        assert_is(hessians[f"experts.{i}"], 2 * own.T @ own / len(own), 50, torch.float64)
-
-
 @pytest.mark.parametrize("kind", ["sequence", "grouped", "conv2d"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_inputs_that_are_not_finite(kind, bad, device):
@@ -144,7 +93,7 @@ def test_inputs_that_are_not_finite(kind, bad, device):
     used = [batches[0], batches[2]]
     tokens = sum(rows(module, batch.cpu()).shape[1] for batch in used)
     assert hessians.tokens == {"1": tokens} and hessians.refused == {"1": 1}
-    assert_is(hessians["1"], 2 * moments(module, used) / tokens, tokens, torch.float64)
+    assert_hessian(hessians["1"], 2 * moments(module, used) / tokens, tokens, torch.float64)
     alone = LayerHessian(module)
     with pytest.warns(UserWarning, match="finite: the model itself: 1$"), alone:
         module(broken)
@@ -173,10 +122,6 @@ def gathered(model: nn.Module, **options: object) -> LayerHessian:
     return hessians
 
 
-def same(a: LayerHessian, b: LayerHessian) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def test_names():
     model = network()
     assert list(gathered(model)) == ["0", "2", "3.1", "3.2", "4"]
@@ -194,7 +139,7 @@ def test_shared_weights():
         model(x)
     both = torch.cat([x, model[:2](x).detach()])
     assert hessians.tokens == {"0": 14}
-    assert_is(hessians["0"], 2 * both.T @ both / 14, 14, torch.float64)
+    assert_hessian(hessians["0"], 2 * both.T @ both / 14, 14, torch.float64)
 
 
 def test_nothing_stays_on_the_model():
@@ -222,13 +167,13 @@ def test_going_on_and_states():
     with again:
         model(data()[1])
         model(data()[2])
-    assert same(again, whole)
+    assert same_hessians(again, whole)
     resumed = LayerHessian(model)
     resumed.load_state_dict(state)
     with resumed:
         for batch in data()[1:]:
             model(batch)
-    assert same(resumed, whole) and resumed.tokens == whole.tokens
+    assert same_hessians(resumed, whole) and resumed.tokens == whole.tokens
     other = LayerHessian(model)
     with other:
         for batch in data()[1:]:
@@ -302,6 +247,8 @@ def test_later_shards_see_what_became_of_earlier_layers():
         ({"exclude": "0"}, TypeError, "exclude: expected a sequence of names, got the string '0'"),
         ({"include": ["0", "9"]}, ValueError, "include: expected patterns that fit layers, got '9'"),
         ({"exclude": ["1"]}, ValueError, "exclude: expected patterns that fit layers, got '1'"),
+        ({"experts": "0"}, TypeError, "experts: expected a sequence of names, got the string '0'"),
+        ({"experts": ["2.weight"]}, ValueError, "experts: expected patterns that fit parameters of 3 dimensions, got"),
         ({"exclude": ["*"]}, ValueError, "model: expected linear or convolutional layers, got none"),
     ],
 )
@@ -330,7 +277,7 @@ def test_compiled():
     with LayerHessian(model) as hessians:
         for batch in data():
             compiled(batch).sum().backward()
-    assert same(hessians, gathered(model)) and model.training
+    assert same_hessians(hessians, gathered(model)) and model.training
     module, x = layer("linear"), inputs("linear")
     with LayerHessian(module) as hessians:
         module(input=x)

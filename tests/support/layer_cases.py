@@ -1,4 +1,8 @@
-"""Layers, correlated inputs for them, and their rows: x_t, one a row, as a layer's Hessian has them."""
+"""Layers, correlated inputs for them, their rows x_t as a layer's Hessian has them, and what it is held to.
+
+Bound. A sum of T products in precision eps is off by at most T eps sum |x_i x_j| (Higham, Accuracy and Stability of
+Numerical Algorithms, section 3.1), which is at most T eps sqrt(H_ii H_jj).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mfac_kernels.pruning import LayerHessian
 from mfac_kernels.reference.kronecker import patches
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+EPS = {dtype: torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps for dtype in DTYPES}
 
 
 class Conv1D(nn.Module):
@@ -78,3 +86,16 @@ def weight_rows(module: nn.Module) -> Tensor:
     if isinstance(module, Conv1D):
         return weight.T[None]
     return weight.flatten(1).unflatten(0, (getattr(module, "groups", 1), -1))
+
+
+def assert_hessian(got: Tensor, want: Tensor, tokens: int, dtype: torch.dtype) -> None:
+    """From so many tokens in ``dtype``; exactly symmetric."""
+    got = got.cpu()
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert got.shape == want.shape and torch.equal(got, got.mT)
+    size = want.diagonal(dim1=-2, dim2=-1).sqrt()
+    assert bool(((got.double() - want).abs() <= tokens * EPS[dtype] * size[..., :, None] * size[..., None, :]).all())
+
+
+def same_hessians(a: LayerHessian, b: LayerHessian) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
