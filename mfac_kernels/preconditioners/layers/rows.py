@@ -8,7 +8,7 @@ from torch import Tensor
 from mfac_kernels import ops
 from mfac_kernels.preconditioners.layers.base import Add, accumulated
 
-_AT_A_TIME = 1 << 20  # elements that are squared
+_AT_A_TIME = 1 << 18  # elements that are multiplied
 
 
 def add_rows(total: Tensor, rows: Tensor, how: Add, weights: Tensor | None = None, *, bias: bool = False) -> None:
@@ -21,24 +21,32 @@ def add_rows(total: Tensor, rows: Tensor, how: Add, weights: Tensor | None = Non
             total, rows, weights=weights, bias=bias, beta=how.beta, alpha=how.alpha, check_finite=how.refused
         )
         return
-    squares = _sum_of_squares(rows, weights).to(total.dtype)
+    squares = sum_of_products(rows, rows, weights)
     if bias:
         ones = rows[..., 0].numel() if weights is None else weights.sum()
         squares = torch.cat([squares, squares.new_ones(1) * ones])
+    add_sums(total, squares, how)
+
+
+def add_sums(total: Tensor, sums: Tensor, how: Add) -> None:
+    """total <- beta total + alpha sums, of as many elements; not read if beta is 0."""
     if how.beta == 0:
         total.zero_()
-    total.mul_(how.beta).add_(squares.view_as(total), alpha=how.alpha)
+    total.mul_(how.beta).add_(sums.view_as(total), alpha=how.alpha)
     how.refused.logical_or_(~total.isfinite().all())
 
 
-def _sum_of_squares(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """(columns,); of a part of the rows at a time, without a copy of them all."""
-    dtype = accumulated(rows.dtype)
-    found = rows.new_zeros(rows.shape[-1], dtype=dtype)
-    step = max(1, _AT_A_TIME * len(rows) // max(1, rows.numel()))
-    for i, part in enumerate(torch.split(rows, step)):
-        squares = part.to(dtype).square()
+def sum_of_products(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """sum_r w_r x_r y_r of rows (..., columns), element by element -> (columns,).
+
+    Of a part of the rows at a time: products of all would be as large as these.
+    """
+    dtype = accumulated(x.dtype)
+    found = x.new_zeros(x.shape[-1], dtype=dtype)
+    step = max(1, _AT_A_TIME * len(x) // max(1, x.numel()))
+    for i, (a, b) in enumerate(zip(torch.split(x, step), torch.split(y, step), strict=True)):
+        products = a.to(dtype) * b.to(dtype)
         if weights is not None:
-            squares = squares * weights[i * step : i * step + len(part), ..., None]
-        found += squares.flatten(0, -2).sum(0)
+            products = products * weights[i * step : i * step + len(a), ..., None]
+        found += products.flatten(0, -2).sum(0)
     return found
