@@ -191,15 +191,18 @@ class Eigenbases(Inverses):
         if not self.eigen_correction or stack.shape.sua:
             raise ValueError("add_moments: expected eigen_correction, and full spatial factors")
         i = self.stacks.index(stack)
-        squares = alpha * _rotated(gradients, self._outputs[i][row]).square()
-        if weights is not None:
-            squares = squares * weights
         total = self._sums[i][row, :, :, 0]  # (groups, outputs, inputs)
         begun, self.begun[i][row] = self.begun[i][row], True
-        if inputs.dim() == 1:  # index_put_, not index_add_: a sum in the same order each time, on CUDA too
+        by_gradient = gradients.dim() == 1  # indices of one-hot rows
+        rows = _rotated(inputs, self._inputs[i][row]) if by_gradient else _rotated(gradients, self._outputs[i][row])
+        squares = alpha * rows.square()
+        if weights is not None:
+            squares = squares * weights
+        if by_gradient or inputs.dim() == 1:  # index_put_, not index_add_: one order, on CUDA too
+            into, indices = (total, gradients) if by_gradient else (total.mT, inputs)
             if not begun:
                 total.zero_()
-            total[0].mT.index_put_((inputs,), squares[0].to(total.dtype), accumulate=True)
+            into[0].index_put_((indices,), squares[0].to(total.dtype), accumulate=True)
             return
         product = squares.mT @ _rotated(inputs, self._inputs[i][row]).square()
         total.copy_(product + total if begun else product)

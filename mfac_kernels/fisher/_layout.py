@@ -35,6 +35,8 @@ class KroneckerShape:
         input_block, output_block: keep the block diagonal of A, of B, in blocks of this size; the last one is ragged
             and padded with zeros. 1: the diagonal, as an embedding's A is; None: dense.
         lags: average A in compressed form, about a third of a 3 x 3 convolution's, and expand it to invert it.
+        joint: the sums of A and of B are the partial traces of one matrix, each of its trace; A and B are these over
+            its root, of the same mean eigenvalue.
         unit: B is the number 1 and A the whole block, damped as it is (the scale and shift of a normalisation layer).
     """
 
@@ -46,6 +48,7 @@ class KroneckerShape:
     sua: bool = False
     input_block: int | None = None
     output_block: int | None = None
+    joint: bool = False
     unit: bool = False
     lags: Lags | None = None
 

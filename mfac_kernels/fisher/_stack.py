@@ -48,13 +48,15 @@ class Stack:
     def merge(self, take: Tensor, output_scale: Tensor | None) -> None:
         """average <- (1 - take) average + take sums, for the layers that have both sums.
 
-        ``output_scale`` is that of squared gradients: of B, and of a unit-wise block, which is all in A.
+        ``output_scale`` is that of squared gradients.
         """
         take = take.to(self.weight.dtype)
         if output_scale is not None:
             # Refused sums are not used, but 0 * inf is no number.
-            squares = self.input_sums if self.shape.unit else self.output_sums
-            squares.mul_(torch.where(take > 0, output_scale, 0))
+            for squares in self._squares():
+                squares.mul_(torch.where(take > 0, output_scale, 0))
+        if self.shape.joint:
+            self._divide_by_root()
         for average, total in (
             (self.inputs, self.input_sums),
             (self.outputs, self.output_sums),
@@ -62,6 +64,20 @@ class Stack:
         ):
             lerp_rows(average, total, take, self.begun, self.called)
         self.begin()
+
+    def _squares(self) -> list[Tensor]:
+        """Sums of squared gradients: of a unit-wise block in A, of joint ones in both."""
+        if self.shape.joint:
+            return [self.input_sums, self.output_sums]
+        return [self.input_sums if self.shape.unit else self.output_sums]
+
+    def _divide_by_root(self) -> None:
+        """A and B from partial traces of one matrix."""
+        trace = self.output_sums.diagonal(dim1=-2, dim2=-1).sum((1, 2)).double()
+        width = self.shape.input_width / self.shape.outputs
+        for total, ratio in ((self.input_sums, width), (self.output_sums, 1 / width)):
+            scale = torch.where(trace > 0, (ratio / trace).sqrt(), 0)
+            total.mul_(scale.to(total.dtype)[:, None, None, None])
 
     def gather_rows(self, tensors: Sequence[Tensor]) -> Tensor:
         """Those of this stack's layers -> (L, ...), in the factors' dtype."""

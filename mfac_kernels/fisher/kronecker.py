@@ -128,7 +128,7 @@ class KroneckerFisher:
         """Rows of one layer for the eigenvalue correction: inputs (groups, n, columns), gradients (groups, n, outputs).
 
         This batch's moments gain alpha times the sum over rows of w (U_B^T g)_i^2 (U_A^T a)_j^2. ``weights``: w, (n, 1)
-        or (). Where A is kept as its diagonal, inputs may be the indices (n,) of one-hot rows.
+        or (). Where A is kept as its diagonal, inputs may be the indices (n,) of one-hot rows; so may gradients for B.
         """
         if not isinstance(self._inverses, Eigenbases):
             raise TypeError('add_moments: expected a KroneckerFisher with style "exact"')

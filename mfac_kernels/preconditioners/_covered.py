@@ -25,7 +25,7 @@ class CoveredLayer:
 
 @dataclass(frozen=True)
 class LeftAlone:
-    """A module that has trained parameters and no factors. Parameters that it shares count for each that has them."""
+    """A module with trained parameters that have no factors. What it shares counts for each that has it."""
 
     name: str
     kind: str
@@ -79,6 +79,7 @@ def covered(
     model: nn.Module, layers: Sequence[Layer], skipped: Mapping[str, str], itemsize: int, moments: int
 ) -> Covered:
     """``skipped``: names of modules, and why they are left alone; the others as for :meth:`Memory.of`."""
+    with_factors = {id(p) for layer in layers for p in layer.parameters()}
     return Covered(
         layers=tuple(
             CoveredLayer(
@@ -93,7 +94,10 @@ def covered(
         ),
         left_alone=tuple(
             LeftAlone(
-                name or "the model itself", type(module).__name__, _trained(module.parameters(recurse=False)), why
+                name or "the model itself",
+                type(module).__name__,
+                _trained(p for p in module.parameters(recurse=False) if id(p) not in with_factors),
+                why,
             )
             for name, why in skipped.items()
             for module in [model.get_submodule(name)]

@@ -32,9 +32,7 @@ from mfac_kernels.preconditioners._passes import (
 )
 from mfac_kernels.preconditioners._sizes import BatchSizes, Counting
 from mfac_kernels.preconditioners._valid import Valid, ValidRows, Ways
-from mfac_kernels.preconditioners.layers.base import Handle, Layer
-from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
-from mfac_kernels.preconditioners.layers.normalization import NormalizationLayer
+from mfac_kernels.preconditioners.layers.base import Handle, Layer, Together
 
 
 class Record:
@@ -185,17 +183,18 @@ class Gatherer:
         scale = steps if self.counting.loss_average != "sum" else 1 / steps
         way = self._way(record)
         gradient = self._in_dtype(layer.own_outputs(gradient, self.counting.batch_dim))
-        block = isinstance(layer, NormalizationLayer)
-        corrected = fisher.eigen_correction and not block
+        corrected = fisher.eigen_correction and not layer.shape.unit
         assert record.x is not None
-        x = layer.features(self._in_dtype(record.x.get())) if first or block or corrected else None
-
-        if isinstance(layer, NormalizationLayer):
+        x = layer.features(self._in_dtype(record.x.get())) if first or layer.joint or corrected else None
+        if layer.joint:
             assert x is not None
-            by_position = self.counting.by_position
-            fisher.add_inputs(
-                i, lambda total, beta: layer.add_block(total, x, gradient, by_position, way.both(beta, scale))
+            how = Together(
+                way.inputs(0.0, size.weight),
+                way.outputs(0.0, scale / size.positions),
+                way.both(0.0, scale),
+                self.counting.by_position,
             )
+            layer.add_together(fisher, i, x, gradient, how)
         elif first:
             assert x is not None
             alpha = size.weight / self.counting.accumulation_steps
@@ -203,6 +202,8 @@ class Gatherer:
         if corrected:
             assert x is not None
             layer.add_moments(fisher, i, x, gradient, way.both(1.0, scale))
+        if layer.joint:
+            return
         positions = home.positions[i]
         if home is self._newest[i] or i not in self._earlier:
             rescale = before / positions if first else 1.0
@@ -210,13 +211,13 @@ class Gatherer:
             fisher.add_outputs(
                 i, lambda total, beta: layer.add_outputs(total, gradient, way.outputs(beta * rescale, alpha))
             )
-        elif not block:
+        else:
             layer.add_outputs(self._earlier[i], gradient, way.outputs(1.0, scale / positions))
 
     def _begin_pass(self, i: int, current: Pass) -> None:
         self._count[i] += 1
         self._newest[i] = current
-        if self._count[i] == 1 or isinstance(self._layers[i], NormalizationLayer):
+        if self._count[i] == 1 or self._layers[i].joint:
             return
 
         def set_aside(total: Tensor, beta: float) -> None:
@@ -242,9 +243,7 @@ class Gatherer:
                 self.fisher.scale_batch(i, self.counting.accumulation_steps / count)
 
     def _way(self, record: Record) -> Ways:
-        reduced = (
-            self.counting.reduce and record.positions > 1 and not isinstance(self._layers[record.layer], EmbeddingLayer)
-        )
+        reduced = self.counting.reduce and record.positions > 1 and not self._layers[record.layer].always_expands
         if record.valid is not None:
             self.fisher.refused.logical_or_(record.valid.none)
         return Ways(self.fisher.refused, record.valid, self.counting.by_position, reduced)

@@ -78,21 +78,22 @@ def test_what_is_left_alone_is_listed_once():
             self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
             self.embed = nn.Embedding(5, 4)
             self.head = nn.Linear(4, 5, bias=False)
-            self.head.weight = self.embed.weight
+            self.again = nn.Linear(4, 5, bias=False)
+            self.again.weight = self.head.weight
             self.scale = nn.Parameter(torch.ones(1))
             self.linear = nn.Linear(4, 4)
 
         def forward(self, tokens: Tensor) -> Tensor:
             x = self.embed(tokens)
             x = x + self.attention(x, x, x, need_weights=False)[0] * self.scale
-            return self.head(self.linear(x))
+            return self.head(self.linear(x)) + self.again(x)
 
     net = Net()
     with pytest.warns(UserWarning, match="KFAC leaves") as caught:
         p = kfac(net)
     assert len(caught) == 1
-    assert set(p.skipped_layers) == {"", "embed", "head"}
-    for word in ("Net is of no kind", "shares parameters with embed"):
+    assert set(p.skipped_layers) == {"", "head", "again"}
+    for word in ("Net is of no kind", "shares parameters with head"):
         assert word in str(caught[0].message)
     tokens = torch.tensor([[0, 1, 2], [3, 4, 0]])
     F.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten()).backward()

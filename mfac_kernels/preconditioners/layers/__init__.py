@@ -5,5 +5,14 @@ from mfac_kernels.preconditioners.layers.convolution import ConvLayer
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 from mfac_kernels.preconditioners.layers.linear import LinearLayer, TransposedLinearLayer
 from mfac_kernels.preconditioners.layers.normalization import NormalizationLayer
+from mfac_kernels.preconditioners.layers.tied import TiedLayer
 
-__all__ = ["ConvLayer", "EmbeddingLayer", "Layer", "LinearLayer", "NormalizationLayer", "TransposedLinearLayer"]
+__all__ = [
+    "ConvLayer",
+    "EmbeddingLayer",
+    "Layer",
+    "LinearLayer",
+    "NormalizationLayer",
+    "TiedLayer",
+    "TransposedLinearLayer",
+]

@@ -75,6 +75,19 @@ class Add:
         return each.reshape(rows.shape[:-1]).to(accumulated(rows.dtype))
 
 
+@dataclass
+class Together:
+    """How a call enters sums that are made of inputs and gradients together; no ``beta`` is read.
+
+    ``both``: of products of a gradient with an input; ``by_position``: positions count as samples.
+    """
+
+    inputs: Add
+    outputs: Add
+    both: Add
+    by_position: bool
+
+
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """The dtype that rows are summed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -93,11 +106,15 @@ class Layer(ABC):
 
     Attributes:
         weight_name, bias_name: of the module's parameters.
+        joint: both sums are made of inputs and gradients together, by :meth:`add_together`.
+        always_expands: whatever the approximation.
         least_dims, most_dims: dimensions of inputs, the samples' among them.
     """
 
     weight_name: str = "weight"
     bias_name: str = "bias"
+    joint: bool = False
+    always_expands: bool = False
     shape: KroneckerShape
     least_dims: int = 2
     most_dims: int | None = None
@@ -177,6 +194,10 @@ class Layer(ABC):
 
     @abstractmethod
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None: ...
+
+    def add_together(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Together) -> None:
+        """Both sums, of one call, where they are ``joint``."""
+        raise NotImplementedError
 
     @abstractmethod
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:

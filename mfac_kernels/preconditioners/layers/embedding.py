@@ -18,6 +18,7 @@ class EmbeddingLayer(Layer):
     """Rows: one-hot; positions: the indices of a sample. The gradient is the transpose of the weight's."""
 
     module: nn.Embedding
+    always_expands = True
     least_dims = 1
 
     def __init__(self, name: str, module: nn.Embedding, options: Options) -> None:
@@ -59,11 +60,15 @@ class EmbeddingLayer(Layer):
         add_rows(total, gradient, how, how.weights(gradient))
 
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+        weights = self.row_weights(x, gradient, how)
+        fisher.add_moments(layer, x.flatten(), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights[:, None])
+
+    def row_weights(self, x: Tensor, gradient: Tensor, how: Add) -> Tensor:
+        """(n,), of products of an index with a gradient."""
         weights = how.weights(gradient)
         if weights is None:
             weights = gradient.new_ones(gradient.shape[:-1], dtype=accumulated(gradient.dtype))
-        weights = self._counted(x.flatten(), weights.flatten())
-        fisher.add_moments(layer, x.flatten(), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights[:, None])
+        return self._counted(x.flatten(), weights.flatten())
 
     def _counted(self, indices: Tensor, weights: Tensor) -> Tensor:
         """Weights of indices, 0 for those that get no gradient."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
-from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, gradient_of
+from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, Together, gradient_of
 from mfac_kernels.preconditioners.layers.maps import ScaleMap
 
 NO_NORMALIZATION = 'normalization is "skip"'
@@ -31,6 +31,8 @@ class NormalizationLayer(Layer):
 
     A holds the whole block, from the gradients of each sample; B is 1.
     """
+
+    joint = True
 
     def __init__(self, name: str, module: nn.Module, options: Options) -> None:
         super().__init__(name, module, options)
@@ -58,23 +60,35 @@ class NormalizationLayer(Layer):
         raise NotImplementedError("the block is known with the output gradient")
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        total.fill_(1.0)
+        raise NotImplementedError("the block is known with the input")
+
+    def add_together(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Together) -> None:
+        rows = self._gradients(x, gradient, how)
+        fisher.add_inputs(
+            layer,
+            lambda total, beta: ops.conv1d_factor_(
+                total,
+                rows,
+                1,
+                groups=self.shape.groups,
+                beta=beta,
+                alpha=how.both.alpha,
+                check_finite=how.both.refused,
+            ),
+        )
+        fisher.add_outputs(layer, lambda total, beta: total.fill_(1.0))
 
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         raise NotImplementedError("the block is dense: there is nothing to correct")
 
-    def add_block(self, total: Tensor, x: Tensor, gradient: Tensor, by_position: bool, how: Add) -> None:
-        """From the gradients of each sample, or of each position: products of input and output gradient."""
+    def _gradients(self, x: Tensor, gradient: Tensor, how: Together) -> Tensor:
+        """Of each sample, or of each position, (n, groups * per_unit, 1): products of input and output gradient."""
         parts = [gradient * x]
         if self.bias is not None:
             parts.append(gradient)
-        # (n, groups * per_unit, 1)
-        rows = torch.stack([self._per_unit(part, by_position, how.valid) for part in parts], -1).flatten(1)[..., None]
-        if how.factor is not None:
-            rows = rows * how.factor.sqrt().to(rows.dtype)
-        ops.conv1d_factor_(
-            total, rows, 1, groups=self.shape.groups, beta=how.beta, alpha=how.alpha, check_finite=how.refused
-        )
+        each = [self._per_unit(part, how.by_position, how.both.valid) for part in parts]
+        rows = torch.stack(each, -1).flatten(1)[..., None]
+        return rows if how.both.factor is None else rows * how.both.factor.sqrt().to(rows.dtype)
 
     def linear_map(self) -> ScaleMap:
         shape = self.shape.groups, self.per_unit
