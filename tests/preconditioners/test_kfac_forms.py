@@ -231,3 +231,19 @@ BAD = [
 def test_errors(options, error, message):
     with pytest.raises(error, match=re.escape(message)):
         mk.KFAC(nn.Sequential(nn.Linear(2, 2)), **options)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("kind", KIND_NETS)
+def test_a_batch_that_is_not_finite_changes_nothing(kind, bad):
+    net = make(kind)
+    p = kfac(net, factor_decay=0.5, **DIAGONAL)
+    for step, scale in enumerate((1.0, bad, 1.0)):
+        kept = [f.clone() for f in factors(p)]
+        net.zero_grad()
+        (scale * loss_of(net(inputs(kind, step)))).backward()
+        p.step()
+        if step == 1:
+            assert p.fisher.skipped == 1
+            assert all(map(torch.equal, kept, factors(p)))
+    assert p.fisher.seen == 2 and all(bool(f.isfinite().all()) for f in factors(p))

@@ -29,11 +29,13 @@ def add_rows(total: Tensor, rows: Tensor, how: Add, weights: Tensor | None = Non
 
 
 def add_sums(total: Tensor, sums: Tensor, how: Add) -> None:
-    """total <- beta total + alpha sums, of as many elements; not read if beta is 0."""
-    if how.beta == 0:
-        total.zero_()
-    total.mul_(how.beta).add_(sums.view_as(total), alpha=how.alpha)
-    how.refused.logical_or_(~total.isfinite().all())
+    """total <- beta total + alpha sums, of as many elements, not read if beta is 0; as it is if that is not finite."""
+    result = how.alpha * sums.view_as(total)
+    if how.beta != 0:
+        result += how.beta * total
+    finite = result.isfinite().all()
+    how.refused.logical_or_(~finite)
+    total.copy_(torch.where(finite, result, total))
 
 
 def sum_of_products(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:

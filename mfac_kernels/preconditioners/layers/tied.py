@@ -15,6 +15,7 @@ from mfac_kernels.preconditioners.layers.base import Add, Handle, Hook, Layer, O
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 from mfac_kernels.preconditioners.layers.linear import LinearLayer
 from mfac_kernels.preconditioners.layers.maps import LinearMap
+from mfac_kernels.preconditioners.layers.rows import add_sums
 
 
 class TiedLayer(LinearLayer):
@@ -94,10 +95,7 @@ class TiedLayer(LinearLayer):
             self._embedding.add_outputs(a, self._with_bias(gradient), how.outputs)
         traces = [factor.diagonal(dim1=-2, dim2=-1).sum() for factor in (b, a)]
         for add, factor, weight in zip((fisher.add_inputs, fisher.add_outputs), (a, b), traces, strict=True):
-            part = factor * weight
-            finite = part.isfinite().all()
-            fisher.refused.logical_or_(~finite)
-            add(layer, partial(_add, torch.where(finite, part, 0)))
+            add(layer, partial(_add, factor * weight, fisher.refused))
 
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         if x.is_floating_point():
@@ -117,10 +115,8 @@ class TiedLayer(LinearLayer):
         return False
 
 
-def _add(part: Tensor, total: Tensor, beta: float) -> None:
-    if beta == 0:
-        total.zero_()
-    total.add_(part)
+def _add(part: Tensor, refused: Tensor, total: Tensor, beta: float) -> None:
+    add_sums(total, part, Add(beta, 1.0, refused))
 
 
 @dataclass(frozen=True)
