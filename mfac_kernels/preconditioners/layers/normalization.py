@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfac_kernels import ops
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, Together, gradient_of
 from mfac_kernels.preconditioners.layers.maps import ScaleMap
+from mfac_kernels.preconditioners.layers.rows import add_sums, sum_of_products
 
 NO_NORMALIZATION = 'normalization is "skip"'
 
@@ -63,32 +64,25 @@ class NormalizationLayer(Layer):
         raise NotImplementedError("the block is known with the input")
 
     def add_together(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Together) -> None:
-        rows = self._gradients(x, gradient, how)
-        fisher.add_inputs(
-            layer,
-            lambda total, beta: ops.conv1d_factor_(
-                total,
-                rows,
-                1,
-                groups=self.shape.groups,
-                beta=beta,
-                alpha=how.both.alpha,
-                check_finite=how.both.refused,
-            ),
-        )
+        sums = self._products(x, gradient, how)
+        fisher.add_inputs(layer, lambda total, beta: add_sums(total, sums, replace(how.both, beta=beta)))
         fisher.add_outputs(layer, lambda total, beta: total.fill_(1.0))
 
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         raise NotImplementedError("the block is dense: there is nothing to correct")
 
-    def _gradients(self, x: Tensor, gradient: Tensor, how: Together) -> Tensor:
-        """Of each sample, or of each position, (n, groups * per_unit, 1): products of input and output gradient."""
+    def _products(self, x: Tensor, gradient: Tensor, how: Together) -> Tensor:
+        """Summed over samples, or positions, of gradients of the parameters: (units, entries of their blocks)."""
         parts = [gradient * x]
         if self.bias is not None:
             parts.append(gradient)
         each = [self._per_unit(part, how.by_position, how.both.valid) for part in parts]
-        rows = torch.stack(each, -1).flatten(1)[..., None]
-        return rows if how.both.factor is None else rows * how.both.factor.sqrt().to(rows.dtype)
+        entries = [sum_of_products(one, one) for one in each]
+        if self.per_unit == 2:
+            cross = sum_of_products(*each)
+            entries = [entries[0], cross, cross, entries[1]]
+        sums = torch.stack(entries, -1)
+        return sums if how.both.factor is None else sums * how.both.factor.to(sums.dtype)
 
     def linear_map(self) -> ScaleMap:
         shape = self.shape.groups, self.per_unit
