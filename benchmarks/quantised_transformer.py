@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 
@@ -29,9 +29,7 @@ from mfac_kernels.pruning import LayerHessian, gptq, round_to_nearest, sparsegpt
 from mfac_kernels.reference.layer_hessian import three_calls
 
 CONTEXT = 128
-BATCH = 32
-
-Compress = Callable[[nn.Module, Tensor], object]
+BATCH = 16
 
 
 class Block(nn.Module):
@@ -68,11 +66,16 @@ class Transformer(nn.Module):
 
 
 @dataclass
-class Row:
-    """A way to compress; perplexities and seconds, one of each draw of calibration data."""
+class Way:
+    """A way to compress a layer: on its Hessian, or, if it ``gathers`` none, on None.
+
+    perplexities, seconds: one of each draw of calibration data; if it gathers none, of the first.
+    """
 
     kind: str
     method: str
+    compress: Callable[[nn.Module, Tensor | None], object]
+    gathers: bool = True
     perplexities: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
 
@@ -109,15 +112,19 @@ def perplexity(model: nn.Module, data: Tensor, count: int) -> float:
 
 
 @torch.no_grad()
-def compressed(model: nn.Module, calibration: Tensor, compress: Compress) -> nn.Module:
+def compressed(model: nn.Module, calibration: Tensor, way: Way) -> nn.Module:
     """A copy of the model, block after block compressed."""
     model = copy.deepcopy(model)
-    for i in range(len(model.blocks)):
+    for i, block in enumerate(model.blocks):
+        if not way.gathers:
+            for layer in (block.qkv, block.out, block.up, block.down):
+                way.compress(layer, None)
+            continue
         with LayerHessian(model, include=[f"blocks.{i}.*"]) as hessians:
             for batch in calibration.split(BATCH):
                 model(batch[:, :-1])
         for name, hessian in hessians.items():
-            compress(hessians.layer(name), hessian)
+            way.compress(hessians.layer(name), hessian)
     return model
 
 
@@ -129,56 +136,50 @@ def by_magnitude(layer: nn.Module, sparsity: float, group: int | None) -> None:
     layer.weight.mul_(kept)
 
 
-def methods(bits: list[int], group_size: int | None) -> list[tuple[Row, Compress]]:
-    """The rows, in their order; what needs no Hessian does not read it."""
-    rows: list[tuple[Row, Compress]] = []
-    for b in bits:
-        options = {"bits": b, "group_size": group_size}
-        rows += [
-            (Row(f"{b} bits", "round to nearest"), lambda m, h, o=options: round_to_nearest(m, **o)),
-            (Row(f"{b} bits", "GPTQ"), lambda m, h, o=options: gptq(m, h, **o)),
-            (
-                Row(f"{b} bits", "GPTQ, U by three calls"),
-                lambda m, h, o=options: gptq(m, h, **o, inverse_factor=three_calls),
-            ),
-            (Row(f"{b} bits", "GPTQ, actorder"), lambda m, h, o=options: gptq(m, h, **o, actorder=True)),
-        ]
-    for kind, pattern, group in (("50%", "unstructured", None), ("2:4", "2:4", 4)):
-        rows += [
-            (Row(kind, "magnitude"), lambda m, h, g=group: by_magnitude(m, 0.5, g)),
-            (
-                Row(kind, "diagonal of H"),
-                lambda m, h, p=pattern: sparsegpt(m, h.diagonal().diag(), 0.5, pattern=p, damping=0.0),
-            ),
-            (Row(kind, "SparseGPT"), lambda m, h, p=pattern: sparsegpt(m, h, 0.5, pattern=p)),
-            (
-                Row(kind, "SparseGPT, U by three calls"),
-                lambda m, h, p=pattern: sparsegpt(m, h, 0.5, pattern=p, inverse_factor=three_calls),
-            ),
-        ]
-    return rows
+def quantisers(bits: int, group_size: int | None) -> list[Way]:
+    options = {"bits": bits, "group_size": group_size}
+    kind = f"{bits} bits"
+    return [
+        Way(kind, "round to nearest", lambda m, _: round_to_nearest(m, **options), gathers=False),
+        Way(kind, "GPTQ", lambda m, h: gptq(m, h, **options)),
+        Way(kind, "GPTQ, U by three calls", lambda m, h: gptq(m, h, **options, inverse_factor=three_calls)),
+        Way(kind, "GPTQ, actorder", lambda m, h: gptq(m, h, **options, actorder=True)),
+    ]
 
 
-def report(rows: list[Row], conditions: dict[str, object], out: Path) -> str:
+def pruners(kind: str, pattern: str, group: int | None) -> list[Way]:
+    def pruned(layer: nn.Module, hessian: Tensor, **options: object) -> None:
+        sparsegpt(layer, hessian, 0.5, pattern=pattern, **options)
+
+    return [
+        Way(kind, "magnitude", lambda m, _: by_magnitude(m, 0.5, group), gathers=False),
+        Way(kind, "diagonal of H", lambda m, h: pruned(m, h.diagonal().diag(), damping=0.0)),
+        Way(kind, "SparseGPT", pruned),
+        Way(kind, "SparseGPT, U by three calls", lambda m, h: pruned(m, h, inverse_factor=three_calls)),
+    ]
+
+
+def report(dense: float, ways: list[Way], conditions: dict[str, object], out: Path) -> str:
     """Writes the table in both forms; returns it."""
-    lines = ["| | method | perplexity | seconds |", "|---|---|---|---|"]
-    for row in rows:
-        if row.perplexities:
-            mean, spread = statistics.mean(row.perplexities), statistics.pstdev(row.perplexities)
-            seconds = f"{statistics.median(row.seconds):.1f}" if row.seconds else ""
-            lines.append(f"| {row.kind} | {row.method} | {mean:.4f} ± {spread:.4f} | {seconds} |")
+    lines = ["| | method | perplexity | seconds |", "|---|---|---|---|", f"| float32 | | {dense:.4f} | |"]
+    for way in ways:
+        cell = f"{statistics.mean(way.perplexities):.4f}"
+        if len(way.perplexities) > 1:
+            cell += f" ± {statistics.stdev(way.perplexities):.4f}"
+        lines.append(f"| {way.kind} | {way.method} | {cell} | {statistics.median(way.seconds):.1f} |")
     table = "\n".join(lines)
     said = "\n".join(f"- {key}: {value}" for key, value in conditions.items())
     out.mkdir(parents=True, exist_ok=True)
     text = [
         "# A small transformer, rounded and pruned",
         "`make paper-gptq`. Perplexity per byte of files that were not trained on; mean and deviation over draws of\n"
-        "calibration data. Seconds: of gathering, whether needed or not, and compressing.",
+        "calibration data, where it is used. Seconds: of gathering, if it is, and compressing.",
         table,
         said,
     ]
     (out / "quantised_transformer.md").write_text("\n\n".join(text) + "\n")
-    content = {"conditions": {k: str(v) for k, v in conditions.items()}, "rows": [asdict(row) for row in rows]}
+    rows = [{k: getattr(way, k) for k in ("kind", "method", "perplexities", "seconds")} for way in ways]
+    content = {"conditions": {k: str(v) for k, v in conditions.items()}, "float32": dense, "rows": rows}
     (out / "quantised_transformer.json").write_text(json.dumps(content, indent=1) + "\n")
     return table
 
@@ -216,19 +217,22 @@ def main() -> None:
         "test": f"{arguments.test} windows",
     }
     started = time.perf_counter()
-    dense = Row("float32", "", [perplexity(model, held_out, arguments.test)])
-    print(f"float32: {dense.perplexities[0]:.4f}", flush=True)
-    ways = methods(arguments.bits, arguments.group_size)
+    dense = perplexity(model, held_out, arguments.test)
+    print(f"float32: {dense:.4f}", flush=True)
+    ways = [way for bits in arguments.bits for way in quantisers(bits, arguments.group_size)]
+    ways += [*pruners("50%", "unstructured", None), *pruners("2:4", "2:4", 4)]
     for draw in range(arguments.draws):
         calibration = windows(data, arguments.calibration, CONTEXT + 1, torch.Generator().manual_seed(1 + draw))
-        for row, compress in ways:
+        for way in ways:
+            if draw > 0 and not way.gathers:
+                continue
             begun = time.perf_counter()
-            small = compressed(model, calibration, compress)
-            row.seconds.append(time.perf_counter() - begun)
-            row.perplexities.append(perplexity(small, held_out, arguments.test))
+            small = compressed(model, calibration, way)
+            way.seconds.append(time.perf_counter() - begun)
+            way.perplexities.append(perplexity(small, held_out, arguments.test))
             spent = time.perf_counter() - started
-            print(f"{spent:5.0f} s  {row.kind}, {row.method}, draw {draw}: {row.perplexities[-1]:.4f}", flush=True)
-        table = report([dense, *(row for row, _ in ways)], conditions, arguments.out)  # what is there is there
+            print(f"{spent:5.0f} s  {way.kind}, {way.method}, draw {draw}: {way.perplexities[-1]:.4f}", flush=True)
+        table = report(dense, ways, conditions, arguments.out)  # what is there is there
     print(table)
 
 
