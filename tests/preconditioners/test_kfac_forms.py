@@ -182,6 +182,14 @@ def test_the_first_pattern_that_fits_is_taken():
     assert [s.input_block for s in shapes] == [4, 3, 4]
 
 
+@pytest.mark.parametrize("pattern", ["embedding", "head", "h*"])
+def test_a_layer_of_two_modules_has_the_names_of_both(pattern):
+    net = nn.ModuleDict({"embedding": nn.Embedding(7, 4), "body": nn.Linear(4, 4), "head": nn.Linear(4, 7)})
+    net["head"].weight = net["embedding"].weight
+    shapes = {layer.title: layer.shape for layer in mk.KFAC(net, input={pattern: 2})._layers}
+    assert [shape.input_block for shape in shapes.values()] == [2, None]
+
+
 def test_a_model_that_is_a_layer_has_no_name():
     assert mk.KFAC(nn.Linear(3, 4), output={"": "diagonal"})._layers[0].shape.output_block == 1
 

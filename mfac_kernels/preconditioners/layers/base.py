@@ -44,12 +44,12 @@ class Options:
     inputs: Mapping[str, int | None] = field(default_factory=dict)
     outputs: Mapping[str, int | None] = field(default_factory=dict)
 
-    def named(self, name: str) -> Options:
-        """Those of the module of this name."""
+    def named(self, *names: str) -> Options:
+        """Those of the module of this name, or of those that are one layer."""
         return replace(
             self,
-            input_block=block_of(name, self.inputs, self.input_block),
-            output_block=block_of(name, self.outputs, self.output_block),
+            input_block=block_of(names, self.inputs, self.input_block),
+            output_block=block_of(names, self.outputs, self.output_block),
         )
 
 

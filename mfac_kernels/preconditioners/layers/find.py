@@ -112,7 +112,7 @@ def _shared(name: str, users: dict[str, nn.Module], options: Options, names: Nam
     """The layer that modules which share parameters are, at the first of them; or why they are none."""
     other = next(user for user in users if user != name)
     if not any(isinstance(m, torch.jit.ScriptModule) or names.unwanted(user) for user, m in users.items()):
-        tied = TiedLayer.of_uses(users, {kind_of(m) for m in users.values()}, options.named(next(iter(users))))
+        tied = TiedLayer.of_uses(users, {kind_of(m) for m in users.values()}, options.named(*users))
         if tied is not None:
             return [tied] if name == next(iter(users)) else []
     return f"shares parameters with {other}"

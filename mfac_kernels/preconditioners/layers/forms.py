@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import nn
@@ -35,6 +35,7 @@ def blocks_by_name(argument: str, forms: Mapping[str, Form] | None, model: nn.Mo
     return blocks
 
 
-def block_of(name: str, blocks: Mapping[str, int | None], default: int | None) -> int | None:
-    """That of the first pattern which the name fits."""
-    return next((block for pattern, block in blocks.items() if fnmatch.fnmatchcase(name, pattern)), default)
+def block_of(names: Sequence[str], blocks: Mapping[str, int | None], default: int | None) -> int | None:
+    """That of the first pattern which one of the names fits."""
+    fit = (block for pattern, block in blocks.items() if any(fnmatch.fnmatchcase(name, pattern) for name in names))
+    return next(fit, default)
