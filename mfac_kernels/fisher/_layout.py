@@ -35,6 +35,7 @@ class KroneckerShape:
         input_block, output_block: keep the block diagonal of A, of B, in blocks of this size; the last one is ragged
             and padded with zeros. 1: the diagonal, as an embedding's A is; None: dense.
         lags: average A in compressed form, about a third of a 3 x 3 convolution's, and expand it to invert it.
+        exchanged: A is of output gradients and B of inputs, as with a convolution's transpose.
         joint: the sums of A and of B are the partial traces of one matrix, each of its trace; A and B are these over
             its root, of the same mean eigenvalue.
         unit: B is the number 1 and A the whole block, damped as it is (the scale and shift of a normalisation layer).
@@ -48,6 +49,7 @@ class KroneckerShape:
     sua: bool = False
     input_block: int | None = None
     output_block: int | None = None
+    exchanged: bool = False
     joint: bool = False
     unit: bool = False
     lags: Lags | None = None

@@ -39,8 +39,10 @@ class Stack:
         """Which layers have both sums of this batch."""
         return [a and b for a, b in zip(self.inputs_begun, self.outputs_begun, strict=True)]
 
-    @staticmethod
-    def add(sums: Tensor, begun: list[bool], row: int, write: Callable[[Tensor, float], object]) -> None:
+    def add(self, row: int, write: Callable[[Tensor, float], object], *, gradients: bool) -> None:
+        """To a layer's sum over inputs, or over output gradients: A and B, unless they are exchanged."""
+        of_inputs = gradients == self.shape.exchanged
+        sums, begun = (self.input_sums, self.inputs_begun) if of_inputs else (self.output_sums, self.outputs_begun)
         total = sums[row]
         write(total[0] if total.dim() == 3 and len(total) == 1 else total, 1.0 if begun[row] else 0.0)
         begun[row] = True
@@ -66,10 +68,10 @@ class Stack:
         self.begin()
 
     def _squares(self) -> list[Tensor]:
-        """Sums of squared gradients: of a unit-wise block in A, of joint ones in both."""
+        """Sums of squared gradients."""
         if self.shape.joint:
             return [self.input_sums, self.output_sums]
-        return [self.input_sums if self.shape.unit else self.output_sums]
+        return [self.input_sums if self.shape.unit or self.shape.exchanged else self.output_sums]
 
     def _divide_by_root(self) -> None:
         """A and B from partial traces of one matrix."""

@@ -96,15 +96,15 @@ class KroneckerFisher:
     def add_inputs(self, layer: int, write: Write) -> None:
         """Add to this batch's A of a layer: ``write`` gets the sum, of ``input_state``, and a beta.
 
-        A dense factor (1, a, a) comes as (a, a).
+        A dense factor (1, a, a) comes as (a, a). Where the shape is ``exchanged``, inputs are B's.
         """
         stack, row = self._at(layer)
-        stack.add(stack.input_sums, stack.inputs_begun, row, write)
+        stack.add(row, write, gradients=False)
 
     def add_outputs(self, layer: int, write: Write) -> None:
         """Add to this batch's B of a layer."""
         stack, row = self._at(layer)
-        stack.add(stack.output_sums, stack.outputs_begun, row, write)
+        stack.add(row, write, gradients=True)
 
     def accumulate(self, layer: int, inputs: Tensor, gradients: Tensor, positions: int = 1) -> None:
         """Add rows of one layer, (n * positions, inputs) and (n * positions, outputs): A / n, and B / (n positions)."""

@@ -115,7 +115,7 @@ class Gatherer:
                 warnings.warn(f"KFAC leaves the gradient of {layer.title} as it is: {why}", stacklevel=2)
             return
         x = layer.samples_first(x, self.counting.batch_dim)
-        positions = layer.positions(layer.own_outputs(output.detach(), self.counting.batch_dim))
+        positions = layer.positions_of(x, layer.own_outputs(output.detach(), self.counting.batch_dim))
         self.sizes.note(i, len(x), positions)
         leaf = next(iter(layer.parameters()), None)
         if leaf is None or not (torch.is_grad_enabled() and output.requires_grad):
@@ -127,8 +127,9 @@ class Gatherer:
             record.home = origin
         if self.valid is not None:
             record.valid = self.valid.of_call(layer.title, record.samples, record.positions)
-            if record.valid is not None and layer.shape.lags is not None:
-                raise ValueError(f"valid: mask: expected KFAC(..., masked=True), as of the convolution {layer.title}")
+            expected = layer.expected_for_masks()
+            if record.valid is not None and expected is not None:
+                raise ValueError(f"valid: mask: expected {expected}")
             record.counts &= not self.valid.empty
         output.register_hook(record)
 

@@ -6,9 +6,11 @@ from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 from mfac_kernels.preconditioners.layers.linear import LinearLayer, TransposedLinearLayer
 from mfac_kernels.preconditioners.layers.normalization import NormalizationLayer
 from mfac_kernels.preconditioners.layers.tied import TiedLayer
+from mfac_kernels.preconditioners.layers.transposed import ConvTransposeLayer
 
 __all__ = [
     "ConvLayer",
+    "ConvTransposeLayer",
     "EmbeddingLayer",
     "Layer",
     "LinearLayer",

@@ -112,7 +112,7 @@ class Layer(ABC):
     """
 
     weight_name: str = "weight"
-    bias_name: str = "bias"
+    bias_name: str | None = "bias"
     joint: bool = False
     always_expands: bool = False
     shape: KroneckerShape
@@ -121,7 +121,7 @@ class Layer(ABC):
 
     def __init__(self, name: str, module: nn.Module, options: Options) -> None:
         self.name, self.module, self.options = name, module, options
-        bias = getattr(module, self.bias_name, None)
+        bias = getattr(module, self.bias_name, None) if self.bias_name else None
         self._has_bias = isinstance(bias, Tensor) and bias.requires_grad
 
     @classmethod
@@ -162,6 +162,14 @@ class Layer(ABC):
     def samples_first(self, x: Tensor, dim: int) -> Tensor:
         """An input, output or gradient, if dimension ``dim`` has the samples where a module leaves that open."""
         return x
+
+    def positions_of(self, x: Tensor, output: Tensor) -> int:
+        """Of a sample, in a call; both have the samples first."""
+        return self.positions(output)
+
+    def expected_for_masks(self) -> str | None:
+        """What would have to be otherwise for a mask of positions."""
+        return None
 
     def own_outputs(self, output: Tensor, dim: int) -> Tensor:
         """This layer's part of an output, or of its gradient, samples first."""
@@ -225,7 +233,7 @@ class Layer(ABC):
     @property
     def bias(self) -> Tensor | None:
         """The bias, if it was trained when the layer was made."""
-        bias = getattr(self.module, self.bias_name) if self._has_bias else None
+        bias = getattr(self.module, str(self.bias_name)) if self._has_bias else None
         return bias if isinstance(bias, Tensor) else None
 
     def gradient(self) -> Tensor:

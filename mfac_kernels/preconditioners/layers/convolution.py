@@ -24,10 +24,16 @@ class ConvLayer(Layer):
 
     module: nn.Conv1d | nn.Conv2d | nn.Conv3d
 
-    def __init__(self, name: str, module: nn.Conv1d | nn.Conv2d | nn.Conv3d, options: Options) -> None:
+    def __init__(self, name: str, module: nn.Module, options: Options) -> None:
         super().__init__(name, module, options)
+        self.shape = self._shape()
+        self.least_dims = self.most_dims = 2 + len(self.module.kernel_size)
+        self._accumulate = factor_op(self.module)
+
+    def _shape(self) -> KroneckerShape:
+        module, options = self.module, self.options
         grouped = module.groups > 1
-        self.shape = KroneckerShape(
+        shape = KroneckerShape(
             outputs=module.out_channels // module.groups,
             inputs=module.in_channels // module.groups,
             offsets=math.prod(module.kernel_size),
@@ -37,9 +43,10 @@ class ConvLayer(Layer):
             input_block=None if grouped else options.input_block,
             output_block=None if grouped else options.output_block,
         )
-        self.shape = replace(self.shape, lags=self._lags())
-        self.least_dims = self.most_dims = 2 + len(module.kernel_size)
-        self._accumulate = factor_op(module)
+        return replace(shape, lags=self._lags(shape))
+
+    def expected_for_masks(self) -> str | None:
+        return None if self.shape.lags is None else f"KFAC(..., masked=True), as of the convolution {self.title}"
 
     def position_shape(self, output: Tensor) -> tuple[int, ...]:
         return tuple(output.shape[2:])
@@ -60,10 +67,14 @@ class ConvLayer(Layer):
                 check_finite=how.refused,
             )
             return
+        self._add_patches(total, x, how)
+
+    def _add_patches(self, total: Tensor, images: Tensor, how: Add) -> None:
+        """Of all, or the summed ones of a sample."""
         input_factor_(
             self.module,
             total,
-            x,
+            images,
             bias=self.shape.bias,
             spatial=self.options.spatial,
             approximation=self.options.approximation,
@@ -72,9 +83,9 @@ class ConvLayer(Layer):
             check_finite=how.refused,
         )
 
-    def _lags(self) -> Lags | None:
+    def _lags(self, shape: KroneckerShape) -> Lags | None:
         """The compressed form, where there is one and A is dense."""
-        module, shape = self.module, self.shape
+        module = self.module
         plain = self.options.spatial == "full" and self.options.approximation == "expand"
         strided = any(s != 1 for s in module.stride) or module.padding_mode != "zeros"
         if (
@@ -92,26 +103,29 @@ class ConvLayer(Layer):
         return Lags(module.kernel_size, module.padding, module.dilation)
 
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
+        self._add_pixels(total, gradient, how, "mean")
+
+    def _add_pixels(self, total: Tensor, images: Tensor, how: Add, way: Literal["sum", "mean"]) -> None:
+        """Of all, or for a sample their sum, or S times the outer product of their mean: 1 / (N S) is in alpha."""
+        positions = self.positions(images) if self._reduces and way == "mean" else 1
         if how.valid is not None or self.shape.output_block == 1:
-            rows, weights = self._reduced(self._output_rows(gradient), how, "mean")
-            alpha = how.alpha * self.positions(gradient) if self._reduces else how.alpha
-            _add_rows(total, rows, weights, Add(how.beta, alpha, how.refused))
+            rows, weights = self._reduced(self._pixels(images), how, way)
+            _add_rows(total, rows, weights, Add(how.beta, how.alpha * positions, how.refused))
             return
         self._accumulate(
             total,
-            gradient,
+            images,
             1,
             groups=self.module.groups,
             approximation=self.options.approximation,
             beta=how.beta,
-            # Of the mean over S: 1 / N of its square, 1 / (N S) is asked for
-            alpha=how.alpha / self.positions(gradient) if self._reduces else how.alpha,
+            alpha=how.alpha / positions,
             check_finite=how.refused,
         )
 
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         a, _ = self._reduced(self._patches(x).flatten(3), how, "sum")
-        g, weights = self._reduced(self._output_rows(gradient), how, "mean")
+        g, weights = self._reduced(self._pixels(gradient), how, "mean")
         fisher.add_moments(layer, a, g, how.alpha, None if weights is None else weights[:, None])
 
     def linear_map(self) -> ConvolutionMap:
@@ -160,9 +174,9 @@ class ConvLayer(Layer):
         x = x.reshape(len(x), module.groups, self.shape.inputs, positions, self.shape.offsets)
         return x.permute(1, 0, 3, 2, 4)
 
-    def _output_rows(self, gradient: Tensor) -> Tensor:
-        """(groups, samples, positions, outputs of a group)."""
-        rows = gradient.reshape(len(gradient), self.module.groups, self.shape.outputs, self.positions(gradient))
+    def _pixels(self, images: Tensor) -> Tensor:
+        """(groups, samples, positions, channels of a group)."""
+        rows = images.reshape(len(images), self.module.groups, self.shape.outputs, self.positions(images))
         return rows.permute(1, 0, 3, 2)
 
     def _reduced(self, rows: Tensor, how: Add, way: Literal["sum", "mean"]) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ from mfac_kernels.preconditioners.layers.convolution import ConvLayer
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 from mfac_kernels.preconditioners.layers.linear import LinearLayer, TransposedLinearLayer
 from mfac_kernels.preconditioners.layers.normalization import NORMALIZATIONS, NormalizationLayer
+from mfac_kernels.preconditioners.layers.transposed import ConvTransposeLayer
 
 _KINDS: dict[type[nn.Module] | str, type[Layer]] = {}
 
@@ -38,5 +39,7 @@ register(nn.MultiheadAttention, AttentionProjection)
 register(nn.Embedding, EmbeddingLayer)
 for convolution in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
     register(convolution, ConvLayer)
+for transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
+    register(transposed, ConvTransposeLayer)
 for normalization in NORMALIZATIONS:
     register(normalization, NormalizationLayer)

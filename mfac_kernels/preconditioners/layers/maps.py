@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ConvolutionMap", "EmbeddingMap", "LinearMap", "ScaleMap"]
+__all__ = ["ConvolutionMap", "EmbeddingMap", "LinearMap", "ScaleMap", "ShiftMap"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class LinearMap:
 class ConvolutionMap:
     """a (n, channels, ...) -> its convolution; block (outputs, channels of a group * offsets + bias).
 
+    ``transposed``: with the roles of outputs and channels exchanged, a (n, outputs, ...); without a bias.
     ``pad``: what is added around a beforehand, as :func:`torch.nn.functional.pad` takes it, with its ``mode``;
     ``padding``: zeros that the convolution itself adds.
     """
@@ -56,13 +57,15 @@ class ConvolutionMap:
     bias: bool = False
     pad: tuple[int, ...] = ()
     mode: str = "constant"
+    transposed: bool = False
+    output_padding: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.outputs, self.channels // self.groups * math.prod(self.kernel_size) + self.bias
 
     def forward(self, a: Tensor, block: Tensor) -> Tensor:
-        if self.groups == 1:
+        if self.groups == 1 and not self.transposed:
             block = _distinct_rows(block)
         return torch.convolution(
             self._padded(a),
@@ -86,7 +89,8 @@ class ConvolutionMap:
     @property
     def _geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]:
         """stride, padding, dilation, transposed, output padding, groups: what torch's convolutions end with."""
-        return self.stride, self.padding, self.dilation, False, (0,) * len(self.stride), self.groups
+        output_padding = self.output_padding or (0,) * len(self.stride)
+        return self.stride, self.padding, self.dilation, self.transposed, output_padding, self.groups
 
     def _padded(self, a: Tensor) -> Tensor:
         return F.pad(a, self.pad, mode=self.mode) if any(self.pad) else a
@@ -150,6 +154,23 @@ class ScaleMap:
         if self.unit_dims:
             return x.reshape(-1, self.units).sum(0)
         return x.reshape(len(x), self.units, -1).sum((0, 2))
+
+
+@dataclass(frozen=True)
+class ShiftMap:
+    """a (n, ...) -> a shift of each channel (1, channels, 1, ...), whatever a is; block (1, channels)."""
+
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return 1, self.channels
+
+    def forward(self, a: Tensor, block: Tensor) -> Tensor:
+        return block.view(1, -1, *[1] * (a.dim() - 2))
+
+    def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        return g.flatten(2).sum((0, 2))[None]
 
 
 def _distinct_rows(block: Tensor) -> Tensor:
