@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from mfac_kernels.preconditioners._memory import Memory, factor_text
 from mfac_kernels.preconditioners.layers.base import Layer
@@ -107,7 +108,8 @@ def covered(
 
 
 def _trained(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.numel() for p in parameters if p.requires_grad)
+    """Elements, none of those that have no shape yet."""
+    return sum(p.numel() for p in parameters if p.requires_grad and not isinstance(p, UninitializedParameter))
 
 
 def _table(rows: Sequence[Sequence[str]], right: tuple[int, ...]) -> str:
