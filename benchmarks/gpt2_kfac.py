@@ -116,6 +116,7 @@ def report(found: dict[str, dict[str, object]], covered: Covered, conditions: di
     """Writes the table in both forms; returns it."""
     rows = {
         "seconds a step, median": lambda f: f"{statistics.median(f['seconds']):.3f}",
+        "seconds a step, mean": lambda f: f"{statistics.mean(f['seconds']):.3f}",
         "peak resident memory, MB": lambda f: f"{f['peak_mb']:.0f}",
         "loss of the first step": lambda f: f"{f['losses'][0]:.3f}",
         "loss, mean of the last five": lambda f: f"{statistics.mean(f['losses'][-5:]):.3f}",
@@ -146,10 +147,10 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="a multiple of 64, the width of a head")
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8, help="windows")
-    parser.add_argument("--sgd-lr", type=float, default=0.1)
+    parser.add_argument("--sgd-lr", type=float, default=0.01)
     parser.add_argument("--kfac-lr", type=float, default=0.01)
-    parser.add_argument("--damping", type=float, default=1e-3)
-    parser.add_argument("--kl-clip", type=float, default=1e-3)
+    parser.add_argument("--damping", type=float, default=1e-2)
+    parser.add_argument("--kl-clip", type=float, default=3e-4)
     parser.add_argument("--inv-update-steps", type=int, default=10)
     arguments = parser.parse_args()
 
