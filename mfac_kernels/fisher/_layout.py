@@ -36,8 +36,9 @@ class KroneckerShape:
             and padded with zeros. 1: the diagonal, as an embedding's A is; None: dense.
         lags: average A in compressed form, about a third of a 3 x 3 convolution's, and expand it to invert it.
         exchanged: A is of output gradients and B of inputs, as with a convolution's transpose.
-        joint: the sums of A and of B are the partial traces of one matrix, each of its trace; A and B are these over
-            its root, of the same mean eigenvalue.
+        two_uses: the weight is used in both directions, each with factors A_u and B_u of its own. A sum is flat, (A's
+            part, B's part): that of inputs has A of the first use and B of the second, that of gradients the others. B
+            (x) A has the partial traces of the sum of both B_u (x) A_u, and A and B have the same mean eigenvalue.
         unit: B is the number 1 and A the whole block, damped as it is (the scale and shift of a normalisation layer).
     """
 
@@ -50,7 +51,7 @@ class KroneckerShape:
     input_block: int | None = None
     output_block: int | None = None
     exchanged: bool = False
-    joint: bool = False
+    two_uses: bool = False
     unit: bool = False
     lags: Lags | None = None
 
@@ -97,6 +98,14 @@ class KroneckerShape:
         for factor, compressed in zip(factors, state, strict=True):
             ops.conv2d_expand_(factor, compressed, groups=self.groups, bias=self.bias, **vars(self.lags))
         return factors
+
+    @property
+    def sums(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What a batch adds up for A and for B."""
+        if not self.two_uses:
+            return self.input_state, self.output_factor
+        both = (math.prod(self.input_factor) + math.prod(self.output_factor),)
+        return both, both
 
     @property
     def output_factor(self) -> tuple[int, int, int]:

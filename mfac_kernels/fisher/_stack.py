@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,8 +25,8 @@ class Stack:
         self.shape, self.layers = shape, tuple(layers)
         self.inputs = torch.zeros(count, *shape.input_state, dtype=dtype, device=device)
         self.outputs = torch.zeros(count, *shape.output_factor, dtype=dtype, device=device)
-        self.input_sums, self.output_sums = torch.zeros_like(self.inputs), torch.zeros_like(self.outputs)
         self.weight = torch.zeros(count, dtype=dtype, device=device)
+        self.input_sums, self.output_sums = (self.weight.new_zeros(count, *size) for size in shape.sums)
         self.called: Tensor | None = None
         self.begin()
 
@@ -50,36 +51,34 @@ class Stack:
     def merge(self, take: Tensor, output_scale: Tensor | None) -> None:
         """average <- (1 - take) average + take sums, for the layers that have both sums.
 
-        ``output_scale`` is that of squared gradients.
+        ``output_scale`` is that of squared gradients: of B, of a unit-wise block, which is all in A, of an A exchanged.
         """
         take = take.to(self.weight.dtype)
         if output_scale is not None:
             # Refused sums are not used, but 0 * inf is no number.
-            for squares in self._squares():
-                squares.mul_(torch.where(take > 0, output_scale, 0))
-        if self.shape.joint:
-            self._divide_by_root()
+            squares = self.input_sums if self.shape.unit or self.shape.exchanged else self.output_sums
+            squares.mul_(torch.where(take > 0, output_scale, 0))
+        inputs, outputs = self._of_both_uses() if self.shape.two_uses else (self.input_sums, self.output_sums)
         for average, total in (
-            (self.inputs, self.input_sums),
-            (self.outputs, self.output_sums),
+            (self.inputs, inputs),
+            (self.outputs, outputs),
             (self.weight, torch.ones_like(self.weight)),
         ):
             lerp_rows(average, total, take, self.begun, self.called)
         self.begin()
 
-    def _squares(self) -> list[Tensor]:
-        """Sums of squared gradients."""
-        if self.shape.joint:
-            return [self.input_sums, self.output_sums]
-        return [self.input_sums if self.shape.unit or self.shape.exchanged else self.output_sums]
-
-    def _divide_by_root(self) -> None:
-        """A and B from partial traces of one matrix."""
-        trace = self.output_sums.diagonal(dim1=-2, dim2=-1).sum((1, 2)).double()
-        width = self.shape.input_width / self.shape.outputs
-        for total, ratio in ((self.input_sums, width), (self.output_sums, 1 / width)):
-            scale = torch.where(trace > 0, (ratio / trace).sqrt(), 0)
-            total.mul_(scale.to(total.dtype)[:, None, None, None])
+    def _of_both_uses(self) -> tuple[Tensor, Tensor]:
+        """A and B, from the sums of two uses."""
+        a_size, b_size = self.shape.input_factor, self.shape.output_factor
+        cut = math.prod(a_size)
+        sums = self.input_sums, self.output_sums
+        inputs = [total[:, :cut].view(-1, *a_size) for total in sums]
+        outputs = [total[:, cut:].view(-1, *b_size) for total in reversed(sums)]
+        of_inputs, of_outputs = ([_trace(factor) for factor in factors] for factors in (inputs, outputs))
+        trace = of_inputs[0] * of_outputs[0] + of_inputs[1] * of_outputs[1]
+        root = torch.where(trace > 0, trace, torch.inf).sqrt()
+        ratio = (self.shape.input_width / self.shape.outputs) ** 0.5
+        return _combined(inputs, of_outputs, ratio / root), _combined(outputs, of_inputs, 1 / (ratio * root))
 
     def gather_rows(self, tensors: Sequence[Tensor]) -> Tensor:
         """Those of this stack's layers -> (L, ...), in the factors' dtype."""
@@ -99,3 +98,17 @@ def lerp_rows(average: Tensor, total: Tensor, take: Tensor, begun: list[bool], c
     rows = [slice(None)] if all(begun) else [slice(i, i + 1) for i, b in enumerate(begun) if b]
     for row in rows:
         average[row].lerp_(total[row], take)
+
+
+def _trace(factor: Tensor) -> Tensor:
+    """(layers,) float64, of (layers, blocks, s, s)."""
+    return factor.diagonal(dim1=-2, dim2=-1).sum((1, 2), dtype=torch.float64)
+
+
+def _combined(factors: Sequence[Tensor], weights: Sequence[Tensor], scale: Tensor) -> Tensor:
+    """scale times the weighted sum of factors (layers, blocks, s, s); weights and scale (layers,)."""
+    first, second = (
+        factor * (weight * scale).to(factor.dtype).view(-1, 1, 1, 1)
+        for factor, weight in zip(factors, weights, strict=True)
+    )
+    return first.add_(second)

@@ -32,16 +32,18 @@ from mfac_kernels.preconditioners._passes import (
 )
 from mfac_kernels.preconditioners._sizes import BatchSizes, Counting
 from mfac_kernels.preconditioners._valid import Valid, ValidRows, Ways
-from mfac_kernels.preconditioners.layers.base import Handle, Layer, Together
+from mfac_kernels.preconditioners.layers.base import Handle, Layer
 
 
 class Record:
     """A call of a layer, called with the gradient of its output. Does not keep the preconditioner alive."""
 
-    __slots__ = ("__weakref__", "counts", "home", "layer", "node", "owner", "positions", "samples", "valid", "x")
+    __slots__ = ("__weakref__", "counts", "home", "layer", "node", "owner", "positions", "samples", "use", "valid", "x")
 
-    def __init__(self, owner: Gatherer, layer: int, node: Node, x: Saved, samples: int, positions: int) -> None:
-        self.owner, self.layer, self.node = weakref.ref(owner), layer, node
+    def __init__(
+        self, owner: Gatherer, layer: int, use: Layer, node: Node, x: Saved, samples: int, positions: int
+    ) -> None:
+        self.owner, self.layer, self.use, self.node = weakref.ref(owner), layer, use, node
         self.x: Saved | None = x
         self.samples, self.positions = samples, positions
         self.counts = True
@@ -106,7 +108,7 @@ class Gatherer:
         origin = self._passes.origin()
         if not self._wanted or not (self._model.training or self.counting.gather == "always") or transformed():
             return
-        layer = self._layers[i]
+        layer = self._layers[i].use(x)
         why = layer.unfit(x, output)
         if why is not None:
             self.idle = False
@@ -120,7 +122,7 @@ class Gatherer:
         leaf = next(iter(layer.parameters()), None)
         if leaf is None or not (torch.is_grad_enabled() and output.requires_grad):
             return
-        record = Record(self, i, accumulator(leaf), Saved(_as_used(x, output)), len(x), positions)
+        record = Record(self, i, layer, accumulator(leaf), Saved(_as_used(x, output)), len(x), positions)
         # A pass may repeat this call to rebuild what a checkpoint dropped: what is saved there must be what was here.
         record.counts = origin is not None or not self.paused
         if origin is not None:
@@ -156,7 +158,7 @@ class Gatherer:
         kept.keep(
             record.layer,
             record.x.get(),
-            self._layers[record.layer].own_outputs(gradient, self.counting.batch_dim),
+            record.use.own_outputs(gradient, self.counting.batch_dim),
             self.sizes.samples(),
             record.positions,
             (record.home.setdefault(self._key, current), current),
@@ -171,41 +173,40 @@ class Gatherer:
         With c what arrives here, g = steps N c for a mean and g = c for a sum. The sum over g g^T / (steps N S) is
         due, with S the positions of all calls of the pass: those so far, as the sum is rescaled when more come.
         """
-        i, layer, fisher = record.layer, self._layers[record.layer], self.fisher
+        i, layer, fisher = record.layer, record.use, self.fisher
         size = self.sizes.of_call(i, record.samples, record.positions)
         home: Pass = record.home.setdefault(self._key, current)
         first = home is current  # else the call is counted, and another gradient of it comes
-        before = home.positions.get(i, 0.0)
+        before = home.positions.get(layer, 0.0)
         if first:
-            home.positions[i] = before + size.positions
-            if before == 0:
+            if i not in home.layers:
+                home.layers.add(i)
                 self._begin_pass(i, current)
+            home.positions[layer] = before + size.positions
         steps = self.counting.accumulation_steps * size.samples
         scale = steps if self.counting.loss_average != "sum" else 1 / steps
         way = self._way(record)
         gradient = self._in_dtype(layer.own_outputs(gradient, self.counting.batch_dim))
-        corrected = fisher.eigen_correction and not layer.shape.unit
+        block = layer.shape.unit
+        corrected = fisher.eigen_correction and not block
         assert record.x is not None
-        x = layer.features(self._in_dtype(record.x.get())) if first or layer.joint or corrected else None
-        if layer.joint:
+        x = layer.features(self._in_dtype(record.x.get())) if first or block or corrected else None
+        if block:
             assert x is not None
-            how = Together(
-                way.inputs(0.0, size.weight),
-                way.outputs(0.0, scale / size.positions),
-                way.both(0.0, scale),
-                self.counting.by_position,
+            by_position = self.counting.by_position
+            fisher.add_inputs(
+                i, lambda total, beta: layer.add_block(total, x, gradient, by_position, way.both(beta, scale))
             )
-            layer.add_together(fisher, i, x, gradient, how)
-        elif first:
+            fisher.add_outputs(i, lambda total, beta: total.fill_(1.0))
+            return
+        if first:
             assert x is not None
             alpha = size.weight / self.counting.accumulation_steps
             fisher.add_inputs(i, lambda total, beta: layer.add_inputs(total, x, way.inputs(beta, alpha)))
         if corrected:
             assert x is not None
             layer.add_moments(fisher, i, x, gradient, way.both(1.0, scale))
-        if layer.joint:
-            return
-        positions = home.positions[i]
+        positions = home.positions[layer]
         if home is self._newest[i] or i not in self._earlier:
             rescale = before / positions if first else 1.0
             alpha = scale / positions
@@ -218,8 +219,12 @@ class Gatherer:
     def _begin_pass(self, i: int, current: Pass) -> None:
         self._count[i] += 1
         self._newest[i] = current
-        if self._count[i] == 1 or self._layers[i].joint:
+        shape = self._layers[i].shape
+        if shape.unit:
             return
+
+        def clear(total: Tensor, beta: float) -> None:
+            total.zero_()
 
         def set_aside(total: Tensor, beta: float) -> None:
             if i in self._earlier:
@@ -227,7 +232,12 @@ class Gatherer:
             else:
                 self._earlier[i] = total.clone()
 
-        self.fisher.add_outputs(i, set_aside)
+        if self._count[i] > 1:
+            self.fisher.add_outputs(i, set_aside)
+        if shape.two_uses:  # a call writes to a part of the sums
+            if self._count[i] == 1:
+                self.fisher.add_inputs(i, clear)
+            self.fisher.add_outputs(i, clear)
 
     def _merge(self) -> None:
         """One sum of all passes. None of them is open: what comes is another."""
@@ -244,7 +254,7 @@ class Gatherer:
                 self.fisher.scale_batch(i, self.counting.accumulation_steps / count)
 
     def _way(self, record: Record) -> Ways:
-        reduced = self.counting.reduce and record.positions > 1 and not self._layers[record.layer].always_expands
+        reduced = self.counting.reduce and record.positions > 1 and not record.use.always_expands
         if record.valid is not None:
             self.fisher.refused.logical_or_(record.valid.none)
         return Ways(self.fisher.refused, record.valid, self.counting.by_position, reduced)

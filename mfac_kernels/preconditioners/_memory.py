@@ -23,8 +23,8 @@ class Memory:
     def of(cls, shape: KroneckerShape, itemsize: int, moments: int) -> Memory:
         """``moments``: matrices like the gradient that are kept in the eigenbasis."""
         return cls(
-            inputs=itemsize * (2 * math.prod(shape.input_state) + math.prod(shape.input_factor)),
-            outputs=itemsize * 3 * math.prod(shape.output_factor),
+            inputs=itemsize * (math.prod(shape.input_state) + math.prod(shape.input_factor) + math.prod(shape.sums[0])),
+            outputs=itemsize * (2 * math.prod(shape.output_factor) + math.prod(shape.sums[1])),
             moments=itemsize * moments * shape.groups * shape.outputs * shape.input_width,
         )
 

@@ -18,12 +18,16 @@ Mark = dict[Any, Any]
 
 
 class Pass:
-    """One backward pass. ``positions``: those of a sample so far, over all calls of a layer that it has reached."""
+    """One backward pass.
 
-    __slots__ = ("positions",)
+    ``layers``: which it has counted a call of; ``positions``: of a sample so far, over all calls of a layer's use.
+    """
+
+    __slots__ = ("layers", "positions")
 
     def __init__(self) -> None:
-        self.positions: dict[int, float] = {}
+        self.layers: set[int] = set()
+        self.positions: dict[object, float] = {}
 
 
 class Passes:

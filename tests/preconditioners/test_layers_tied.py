@@ -1,4 +1,4 @@
-"""One weight as an embedding and as a head: the product with the partial traces of the calls' Fisher blocks."""
+"""One weight as an embedding and as a head: the product with the partial traces of both uses' Fisher blocks."""
 
 from __future__ import annotations
 
@@ -52,47 +52,74 @@ def loss_of(output: Tensor) -> Tensor:
     return F.cross_entropy(output.flatten(0, -2), labels, reduction="sum") / len(output)
 
 
-def uses(net: nn.Module, loss: Callable[[], Tensor], mask: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-    """(A_c, B_c) of each call of the weight, in its orientation, dense, by the definition over the rows in ``mask``."""
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    hooks = [
-        m.register_forward_hook(lambda m, x, y: calls.append((m, x[0].detach(), y)))
-        for m in net.modules()
-        if getattr(m, "weight", None) is net.embed.weight
-    ]
-    value = loss()
-    for hook in hooks:
-        hook.remove()
+def uses(
+    net: nn.Module,
+    losses: Sequence[Callable[[], Tensor]],
+    mask: Tensor | None = None,
+    reduce: bool = False,
+) -> list[tuple[Tensor, Tensor]]:
+    """(A, B) of the weight as an embedding and as a head, in its orientation, dense, by the definition.
+
+    Means over passes, one for each loss, of sums over the positions (of those in ``mask``) of all calls.
+    """
     bias = getattr(net, "head", None) is not None and net.head.bias is not None
-    found = []
-    for (module, x, _), c in zip(calls, torch.autograd.grad(value, [y for _, _, y in calls]), strict=True):
-        n = len(x)
-        counts = torch.ones(c.shape[:-1], dtype=torch.bool) if mask is None else mask
-        g, x = (n * c)[counts], x[counts]
-        if isinstance(module, nn.Embedding):
-            rows, others = F.one_hot(x, INDICES).to(F64), F.pad(g, (0, int(bias)))
-            if module.padding_idx is not None:
-                rows[:, module.padding_idx] = 0
-            a, b = others.mT @ others / len(g), rows.mT @ rows / n
-        else:
-            rows = F.pad(x, (0, int(bias)), value=1.0)
-            a, b = rows.mT @ rows / n, g.mT @ g / len(g)
-        found.append((a, b.diagonal().diag()))
-    return found
+    found: dict[bool, list[tuple[Tensor, Tensor]]] = {True: [], False: []}
+    for loss in losses:
+        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        hooks = [
+            m.register_forward_hook(lambda m, x, y, calls=calls: calls.append((m, x[0].detach(), y)))
+            for m in net.modules()
+            if getattr(m, "weight", None) is net.embed.weight
+        ]
+        value = loss()
+        for hook in hooks:
+            hook.remove()
+        gradients = torch.autograd.grad(value, [y for _, _, y in calls])
+        for embedding, pairs in found.items():
+            a, b = (torch.zeros(size, size, dtype=F64) for size in (WIDTH + int(bias), INDICES))
+            positions = 0
+            for (module, x, _), c in zip(calls, gradients, strict=True):
+                if isinstance(module, nn.Embedding) != embedding:
+                    continue
+                n = len(x)
+                counts = torch.ones(c.shape[:-1], dtype=torch.bool) if mask is None else mask
+                g = n * c
+                if embedding:
+                    rows = F.one_hot(x, INDICES).to(F64)
+                    if module.padding_idx is not None:
+                        rows[..., module.padding_idx] = 0
+                    g = F.pad(g, (0, int(bias)))
+                    rows, g = rows[counts], g[counts]
+                    a, b = a + g.mT @ g, b + rows.mT @ rows / n
+                elif reduce:
+                    each = counts[..., None].to(F64)
+                    rows = (F.pad(x, (0, int(bias)), value=1.0) * each).sum(1)
+                    g = (g * each).sum(1) / each.sum(1)
+                    a, b = a + rows.mT @ rows / n, b + g.mT @ g * c.shape[1]
+                    positions += n * c.shape[1]
+                    continue
+                else:
+                    rows, g = F.pad(x, (0, int(bias)), value=1.0)[counts], g[counts]
+                    a, b = a + rows.mT @ rows / n, b + g.mT @ g
+                positions += len(g)
+            positions = max(1, positions)
+            pairs.append((a / positions, b) if embedding else (a, b / positions))
+    return [tuple(torch.stack(parts).mean(0) for parts in zip(*pairs, strict=True)) for pairs in found.values()]
 
 
-def product(calls: Sequence[tuple[Tensor, Tensor]], passes: int = 1) -> Tensor:
-    """B (x) A of the docstring, of the mean over the passes."""
-    total = sum(a.trace() * b.trace() for a, b in calls)
-    a, b = sum(a * b.trace() for a, b in calls), sum(b * a.trace() for a, b in calls)
-    return torch.kron(b, a) / total / passes
+def product(both: Sequence[tuple[Tensor, Tensor]], block: int = 1) -> Tensor:
+    """B (x) A of the docstring, B in blocks."""
+    keep = torch.block_diag(*[torch.ones(block, block, dtype=F64)] * -(-INDICES // block))[:INDICES, :INDICES]
+    both = [(a, b * keep) for a, b in both]
+    a, b = sum(a * b.trace() for a, b in both), sum(b * a.trace() for a, b in both)
+    return torch.kron(b, a) / a.trace()
 
 
 @pytest.mark.parametrize("approximation", ["expand", "reduce"])
 @pytest.mark.parametrize("passes", [1, 3])
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
-def test_the_product_with_the_calls_partial_traces(bias, chunks, passes, approximation):
+def test_the_product_with_the_partial_traces_of_both_uses(bias, chunks, passes, approximation):
     net = Net(bias, chunks)
     batches = [tokens(i) for i in range(passes)]
     p = kfac(net, accumulation_steps=passes, approximation=approximation)
@@ -100,10 +127,54 @@ def test_the_product_with_the_calls_partial_traces(bias, chunks, passes, approxi
     for x in batches:
         (loss_of(net(x)) / passes).backward()
     p.step()
-    calls = [pair for x in batches for pair in uses(net, lambda x=x: loss_of(net(x)))]
-    assert_same(blocks(p)[:1], [product(calls, passes)])
+    both = uses(net, [lambda x=x: loss_of(net(x)) for x in batches], reduce=approximation == "reduce")
+    assert_same(blocks(p)[:1], [product(both)])
     a, b = p.fisher.factors(0)
     torch.testing.assert_close(a.diagonal(dim1=1, dim2=2).mean(), b.mean(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"damping_style": "exact"}, EKFAC], ids=["plain", "exact", "EKFAC"])
+@pytest.mark.parametrize(("form", "block"), [({"head": None}, 7), ({"embed": 7}, 7), ({"head": 3}, 3)])
+def test_other_forms_of_the_side_of_the_indices(form, block, options):
+    """Dense, or in blocks; the eigenvalue correction keeps the trace of the moments, whatever the basis."""
+    net, batches = Net(bias=True), [tokens(), tokens(1)]
+    p = stepped(net, batches, loss_of, output=form, **options)
+    both = uses(net, [lambda x=x: loss_of(net(x)) for x in batches])
+    want, size = product(both, block), 4 * INDICES
+    assert_same([blocks(p)[0][:size, :size]], [want])
+    if "eigen_correction" in options:
+        stack, row = p.fisher._place[0]
+        moments = p.fisher._inverses.moments[p.fisher._stacks.index(stack)][row]
+        exact = stepped(Net(bias=True), batches, loss_of, **options)
+        other, row = exact.fisher._place[0]
+        diagonal = exact.fisher._inverses.moments[exact.fisher._stacks.index(other)][row]
+        torch.testing.assert_close(moments.sum(), diagonal.sum(), rtol=1e-10, atol=0)
+
+
+def test_a_head_in_parts_is_the_head():
+    assert_same_layers(*(stepped(Net(True, chunks), [tokens(), tokens(1)], loss_of) for chunks in (1, 2)))
+
+
+@pytest.mark.parametrize("calls", [("embedding", "head"), ("head", "embedding"), ("head", "both", "embedding")])
+def test_passes_that_reach_one_use(calls):
+    """Sums of the other are those of the passes that did: nothing of an earlier batch is left in them."""
+    net, x, h = Net(bias=True), tokens(), seeded(N, 4, WIDTH)
+
+    def loss(what: str) -> Tensor:
+        if what == "both":
+            return loss_of(net(x))
+        return loss_of(net.head(h)) if what == "head" else loss_of_width(net.embed(x))
+
+    p = kfac(net, accumulation_steps=len(calls))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the body is not called
+        for scale in (3.0, 1.0):
+            net.zero_grad()
+            for what in calls:
+                (scale * loss(what) / len(calls)).backward()
+            p.step()
+    both = uses(net, [lambda what=what: loss(what) for what in calls])
+    assert_same(blocks(p)[:1], [product(both)])
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -176,7 +247,7 @@ def test_under_checkpoints(passes, use_reentrant):
 
 
 def test_passes_through_one_forward_add_their_gradients():
-    """As those of labels: the sum over passes of each one's product."""
+    """As those of labels: inputs count once, gradients each time."""
     net = Net()
     p = kfac(net, fisher_type="mc")
     logits = net(tokens())
@@ -190,8 +261,10 @@ def test_passes_through_one_forward_add_their_gradients():
             loss(logits, y).backward(retain_graph=True)
     loss_of(logits).backward()
     p.step()
-    calls = [pair for y in labels for pair in uses(net, lambda y=y: loss(net(tokens()), y))]
-    assert_same(blocks(p)[:1], [product(calls)])
+    each = [uses(net, [lambda y=y: loss(net(tokens()), y)]) for y in labels]
+    (a_e, _), (_, b_h) = (tuple(sum(parts) for parts in zip(*use, strict=True)) for use in zip(*each, strict=True))
+    (_, b_e), (a_h, _) = each[0]
+    assert_same(blocks(p)[:1], [product([(a_e, b_e), (a_h, b_h)])])
 
 
 @pytest.mark.parametrize("padding_idx", [None, 2])
@@ -210,7 +283,7 @@ def test_several_embeddings_and_a_head(padding_idx):
     loss_of(net(tokens())).backward()
     p.step()
     assert p._layers[0].title == "embed = head = other"
-    assert_same(blocks(p)[:1], [product(uses(net, lambda: loss_of(net(tokens()))))])
+    assert_same(blocks(p)[:1], [product(uses(net, [lambda: loss_of(net(tokens()))]))])
 
 
 @pytest.mark.parametrize("passes", [1, 2])
@@ -254,8 +327,14 @@ def test_masked_positions(options):
             p.step()
         found.append(p)
     assert_same_layers(*found)
-    calls = uses(net, lambda: F.cross_entropy(net(x)[mask], labels[mask], reduction="sum") / N, mask)
-    assert_same(blocks(p)[:1], [product(calls)])
+    loss = F.cross_entropy
+    both = uses(
+        net,
+        [lambda: loss(net(x)[mask], labels[mask], reduction="sum") / N],
+        mask,
+        reduce=options.get("approximation") == "reduce",
+    )
+    assert_same(blocks(p)[:1], [product(both)])
 
 
 def test_the_eigenvalue_correction_has_the_moments_of_each_call():

@@ -75,19 +75,6 @@ class Add:
         return each.reshape(rows.shape[:-1]).to(accumulated(rows.dtype))
 
 
-@dataclass
-class Together:
-    """How a call enters sums that are made of inputs and gradients together; no ``beta`` is read.
-
-    ``both``: of products of a gradient with an input; ``by_position``: positions count as samples.
-    """
-
-    inputs: Add
-    outputs: Add
-    both: Add
-    by_position: bool
-
-
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """The dtype that rows are summed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -106,14 +93,12 @@ class Layer(ABC):
 
     Attributes:
         weight_name, bias_name: of the module's parameters.
-        joint: both sums are made of inputs and gradients together, by :meth:`add_together`.
         always_expands: whatever the approximation.
         least_dims, most_dims: dimensions of inputs, the samples' among them.
     """
 
     weight_name: str = "weight"
     bias_name: str | None = "bias"
-    joint: bool = False
     always_expands: bool = False
     shape: KroneckerShape
     least_dims: int = 2
@@ -163,6 +148,10 @@ class Layer(ABC):
         """An input, output or gradient, if dimension ``dim`` has the samples where a module leaves that open."""
         return x
 
+    def use(self, x: object) -> Layer:
+        """What a call with this input is a call of: the layer itself, or one of its uses, with a part of its sums."""
+        return self
+
     def positions_of(self, x: Tensor, output: Tensor) -> int:
         """Of a sample, in a call; both have the samples first."""
         return self.positions(output)
@@ -197,19 +186,21 @@ class Layer(ABC):
             return f"expected inputs of {dims} dimensions, samples first, got shape {tuple(x.shape)}"
         return None
 
-    @abstractmethod
-    def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None: ...
-
-    @abstractmethod
-    def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None: ...
-
-    def add_together(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Together) -> None:
-        """Both sums, of one call, where they are ``joint``."""
+    def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
+        """To the sum over inputs."""
         raise NotImplementedError
 
-    @abstractmethod
+    def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
+        """To the sum over output gradients."""
+        raise NotImplementedError
+
     def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
         """For the eigenvalue correction; ``how.beta`` is not read."""
+        raise NotImplementedError
+
+    def add_block(self, total: Tensor, x: Tensor, gradient: Tensor, by_position: bool, how: Add) -> None:
+        """In place of these where the shape is a ``unit``: to A, the block of gradients of samples, or of positions."""
+        raise NotImplementedError
 
     def linear_map(self) -> LayerMap | None:
         """The layer as a function of its parameters, for products with the exact Fisher matrix; None: it has none."""

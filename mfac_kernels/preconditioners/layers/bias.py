@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
-from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, Together
+from mfac_kernels.fisher.kronecker import KroneckerShape
+from mfac_kernels.preconditioners.layers.base import Add, Layer, Options
 from mfac_kernels.preconditioners.layers.maps import ShiftMap
 from mfac_kernels.preconditioners.layers.rows import add_rows
 
@@ -16,7 +16,6 @@ class BiasLayer(Layer):
     A holds the block, as with normalization layers; B is 1.
     """
 
-    joint = True
     weight_name, bias_name = "bias", None
 
     def __init__(self, name: str, module: nn.Module, options: Options) -> None:
@@ -29,21 +28,9 @@ class BiasLayer(Layer):
     def position_shape(self, output: Tensor) -> tuple[int, ...]:
         return tuple(output.shape[2:])
 
-    def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
-        raise NotImplementedError("the block is of gradients alone")
-
-    def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        raise NotImplementedError("the block is of gradients alone")
-
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
-        raise NotImplementedError("the block is dense: there is nothing to correct")
-
-    def add_together(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Together) -> None:
+    def add_block(self, total: Tensor, x: Tensor, gradient: Tensor, by_position: bool, how: Add) -> None:
         pixels = gradient.flatten(2)
-        rows = pixels.mT.flatten(0, 1) if how.by_position else pixels.sum(2)
-        both = how.both
-        fisher.add_inputs(layer, lambda total, beta: add_rows(total, rows, Add(beta, both.alpha, both.refused)))
-        fisher.add_outputs(layer, lambda total, beta: total.fill_(1.0))
+        add_rows(total, pixels.mT.flatten(0, 1) if by_position else pixels.sum(2), how)
 
     def linear_map(self) -> ShiftMap:
         return ShiftMap(self.shape.inputs)

@@ -23,7 +23,6 @@ class LinearLayer(Layer):
             outputs=outputs,
             inputs=inputs,
             bias=self.bias is not None,
-            joint=self.joint,
             input_block=options.input_block,
             output_block=options.output_block,
         )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
-from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, Together, gradient_of
+from mfac_kernels.fisher.kronecker import KroneckerShape
+from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, gradient_of
 from mfac_kernels.preconditioners.layers.maps import ScaleMap
 from mfac_kernels.preconditioners.layers.rows import add_sums, sum_of_products
 
@@ -32,8 +31,6 @@ class NormalizationLayer(Layer):
 
     A holds the whole block, from the gradients of each sample; B is 1.
     """
-
-    joint = True
 
     def __init__(self, name: str, module: nn.Module, options: Options) -> None:
         super().__init__(name, module, options)
@@ -57,32 +54,18 @@ class NormalizationLayer(Layer):
     def samples_first(self, x: Tensor, dim: int) -> Tensor:
         return x.movedim(dim, 0) if dim < x.dim() - self._unit_dims and self._unit_dims else x
 
-    def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
-        raise NotImplementedError("the block is known with the output gradient")
-
-    def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        raise NotImplementedError("the block is known with the input")
-
-    def add_together(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Together) -> None:
-        sums = self._products(x, gradient, how)
-        fisher.add_inputs(layer, lambda total, beta: add_sums(total, sums, replace(how.both, beta=beta)))
-        fisher.add_outputs(layer, lambda total, beta: total.fill_(1.0))
-
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
-        raise NotImplementedError("the block is dense: there is nothing to correct")
-
-    def _products(self, x: Tensor, gradient: Tensor, how: Together) -> Tensor:
-        """Summed over samples, or positions, of gradients of the parameters: (units, entries of their blocks)."""
+    def add_block(self, total: Tensor, x: Tensor, gradient: Tensor, by_position: bool, how: Add) -> None:
+        """From products of input and output gradient."""
         parts = [gradient * x]
         if self.bias is not None:
             parts.append(gradient)
-        each = [self._per_unit(part, how.by_position, how.both.valid) for part in parts]
+        each = [self._per_unit(part, by_position, how.valid) for part in parts]
         entries = [sum_of_products(one, one) for one in each]
         if self.per_unit == 2:
             cross = sum_of_products(*each)
             entries = [entries[0], cross, cross, entries[1]]
         sums = torch.stack(entries, -1)
-        return sums if how.both.factor is None else sums * how.both.factor.to(sums.dtype)
+        add_sums(total, sums if how.factor is None else sums * how.factor.to(sums.dtype), how)
 
     def linear_map(self) -> ScaleMap:
         shape = self.shape.groups, self.per_unit

@@ -1,50 +1,55 @@
-"""Embeddings and heads of one weight: a layer with several uses."""
+"""Embeddings and heads of one weight: a layer with two uses."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfac_kernels.fisher.kronecker import KroneckerFisher
-from mfac_kernels.preconditioners.layers.base import Add, Handle, Hook, Layer, Options, Together
+from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.preconditioners.layers.base import Add, Handle, Hook, Layer, Options
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
+from mfac_kernels.preconditioners.layers.forms import block_of
 from mfac_kernels.preconditioners.layers.linear import LinearLayer
 from mfac_kernels.preconditioners.layers.maps import LinearMap
-from mfac_kernels.preconditioners.layers.rows import add_sums
 
 
-class TiedLayer(LinearLayer):
+class TiedLayer(Layer):
     """A weight (indices, width) that is both an embedding's and a head's, in the head's orientation.
 
-    A call c of the head has A_c of its inputs and the diagonal of B_c, of the gradients of its outputs. A call of an
-    embedding has a diagonal B_c, of one-hot rows, and A_c of the gradients of its outputs: what is an input to one use
-    is a gradient to the other, so that sums of A_c and of B_c alone would add what has no common scale. The sum of
-    the calls' Fisher blocks, sum_c B_c (x) A_c, becomes the one product that has its partial traces,
+    As a head it has A of its inputs, and the diagonal of B, of the gradients of its outputs. As an embedding it has a
+    diagonal B, of one-hot rows, and A of the gradients of its outputs. What is an input to one use is a gradient to the
+    other: sums of these A and of these B would add what has no common scale. The sum of the two Fisher blocks,
+    B_h (x) A_h + B_e (x) A_e, becomes the one product that has its partial traces,
 
-        B (x) A,  A ~ sum_c tr(B_c) A_c,  B ~ sum_c tr(A_c) B_c,  tr(B) tr(A) = sum_c tr(B_c) tr(A_c)
+        B (x) A,  A ~ tr(B_h) A_h + tr(B_e) A_e,  B ~ tr(A_h) B_h + tr(A_e) B_e
 
-    which is that of the only call, or of calls that are alike; for these it is also what Eschenhagen et al. 2023 have
-    for a shared weight, whose uses have inputs and gradients in the same place. Calls are expanded, whatever the
-    approximation. The head's bias is the last column, zero for an embedding.
+    of trace tr(B_h) tr(A_h) + tr(B_e) tr(A_e). It is that of one use where the other is not called; and where both are
+    alike it is what Eschenhagen et al. 2023 have for a shared weight whose uses have inputs and gradients in the same
+    place. Calls of a use share its sums, as those of other layers do. The head's bias is the last column, 0 for an
+    embedding. B is kept as its diagonal, unless a form is asked for by name.
     """
 
-    always_expands = True
-    joint = True
-    least_dims = 1
-
     def __init__(self, uses: Mapping[str, nn.Module], options: Options) -> None:
-        self.uses = list(uses.values())
         names = list(uses)
-        heads = [m for m in self.uses if not isinstance(m, nn.Embedding)]
-        name, embedding = next((n, m) for n, m in uses.items() if isinstance(m, nn.Embedding))
-        self._embedding = EmbeddingLayer(name, embedding, options)
-        super().__init__(names[0], heads[0] if heads else embedding, replace(options, output_block=1))
-        self._title = " = ".join(names)
+        embedding = next(m for m in uses.values() if isinstance(m, nn.Embedding))
+        head = next((m for m in uses.values() if not isinstance(m, nn.Embedding)), None)
+        super().__init__(names[0], head or embedding, options)
+        self._modules, self._title = list(uses.values()), " = ".join(names)
+        outputs, inputs = self.weight.shape
+        self.shape = KroneckerShape(
+            outputs=outputs,
+            inputs=inputs,
+            bias=self.bias is not None,
+            input_block=options.input_block,
+            output_block=block_of(names, options.outputs, 1),
+            two_uses=True,
+        )
+        self._embedding = _EmbeddingUse(names[0], embedding, options, self.shape)
+        self._head = None if head is None else _HeadUse(names[0], head, options, self.shape)
 
     @classmethod
     def of_uses(cls, uses: Mapping[str, nn.Module], kinds: set[type[Layer] | None], options: Options) -> Layer | None:
@@ -65,58 +70,75 @@ class TiedLayer(LinearLayer):
     def title(self) -> str:
         return self._title
 
+    def use(self, x: object) -> Layer:
+        indices = isinstance(x, Tensor) and not x.is_floating_point()
+        return self._embedding if indices or self._head is None else self._head
+
     def attach(self, hook: Hook) -> list[Handle]:
-        return [m.register_forward_hook(hook, with_kwargs=True) for m in self.uses]
-
-    def samples_first(self, x: Tensor, dim: int) -> Tensor:
-        return self._embedding.samples_first(x, dim)
-
-    def unfit(self, x: object, output: object) -> str | None:
-        if isinstance(x, Tensor) and x.is_floating_point() and x.dim() < 2:
-            return f"expected inputs of at least 2 dimensions, samples first, got shape {tuple(x.shape)}"
-        return super().unfit(x, output)
-
-    def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
-        raise NotImplementedError("the factors are weighted by each other")
-
-    def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
-        raise NotImplementedError("the factors are weighted by each other")
-
-    def add_together(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Together) -> None:
-        a, b = (
-            torch.zeros(size if size[0] > 1 else size[1:], dtype=fisher.dtype, device=gradient.device)
-            for size in (self.shape.input_factor, self.shape.output_factor)
-        )
-        if x.is_floating_point():
-            super().add_inputs(a, x, how.inputs)
-            super().add_outputs(b, gradient, how.outputs)
-        else:
-            self._embedding.add_inputs(b, x, how.inputs)
-            self._embedding.add_outputs(a, self._with_bias(gradient), how.outputs)
-        traces = [factor.diagonal(dim1=-2, dim2=-1).sum() for factor in (b, a)]
-        for add, factor, weight in zip((fisher.add_inputs, fisher.add_outputs), (a, b), traces, strict=True):
-            add(layer, partial(_add, factor * weight, fisher.refused))
-
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
-        if x.is_floating_point():
-            super().add_moments(fisher, layer, x, gradient, how)
-            return
-        rows, weights = self._with_bias(gradient).flatten(0, -2), self._embedding.row_weights(x, gradient, how)
-        fisher.add_moments(layer, rows[None], x.flatten(), how.alpha, weights[:, None])
+        return [m.register_forward_hook(hook, with_kwargs=True) for m in self._modules]
 
     def linear_map(self) -> TiedMap:
         return TiedMap(self.shape.outputs, self.shape.inputs, self.shape.bias, self._embedding.module.padding_idx)
 
+    def position_shape(self, output: Tensor) -> tuple[int, ...]:
+        raise NotImplementedError("asked of its uses")
+
+
+class _HeadUse(LinearLayer):
+    def __init__(self, name: str, module: nn.Module, options: Options, shape: KroneckerShape) -> None:
+        super().__init__(name, module, options)
+        self.shape = shape
+
+    def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
+        super().add_inputs(_of_width(total, self.shape), x, how)
+
+    def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
+        super().add_outputs(_of_indices(total, self.shape), gradient, how)
+
+
+class _EmbeddingUse(EmbeddingLayer):
+    """Its rows are one-hot in B, and its gradients in A."""
+
+    def __init__(self, name: str, module: nn.Embedding, options: Options, shape: KroneckerShape) -> None:
+        super().__init__(name, module, options)
+        self.shape = shape
+
+    def add_inputs(self, total: Tensor, x: Tensor, how: Add) -> None:
+        blocks = _of_indices(total, self.shape)
+        if self.shape.output_block == 1:
+            super().add_inputs(blocks, x, how)
+            return
+        counts = total.new_zeros(self.shape.outputs)
+        super().add_inputs(counts, x, replace(how, beta=0.0))
+        diagonal = blocks.diagonal(dim1=-2, dim2=-1)
+        counts = F.pad(counts, (0, diagonal.numel() - len(counts))).view_as(diagonal)
+        blocks.mul_(how.beta)
+        diagonal += counts
+
+    def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
+        super().add_outputs(_of_width(total, self.shape), self._with_bias(gradient), how)
+
+    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+        indices, rows = x.flatten(), self._with_bias(gradient).flatten(0, -2)[None]
+        weights = self.row_weights(x, gradient, how)[:, None]
+        if self.shape.output_block != 1:
+            indices = F.one_hot(indices, self.shape.outputs).to(rows.dtype)[None]
+        fisher.add_moments(layer, rows, indices, how.alpha, weights)
+
     def _with_bias(self, gradient: Tensor) -> Tensor:
-        """Of an embedding."""
         return F.pad(gradient, (0, 1)) if self.shape.bias else gradient
 
-    def _reduces(self, x: Tensor) -> bool:
-        return False
+
+def _of_width(total: Tensor, shape: KroneckerShape) -> Tensor:
+    """The part of a sum that is of A's form."""
+    size = shape.input_factor
+    return total[: math.prod(size)].view(size if size[0] > 1 else size[1:])
 
 
-def _add(part: Tensor, refused: Tensor, total: Tensor, beta: float) -> None:
-    add_sums(total, part, Add(beta, 1.0, refused))
+def _of_indices(total: Tensor, shape: KroneckerShape) -> Tensor:
+    """The part of a sum that is of B's form."""
+    size = shape.output_factor
+    return total[-math.prod(size) :].view(size if size[0] > 1 else size[1:])
 
 
 @dataclass(frozen=True)
