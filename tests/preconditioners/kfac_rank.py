@@ -18,6 +18,7 @@ import mfac_kernels as mk
 STEPS = 4
 STYLES = ["factored", "exact"]
 DIAGONAL = "diagonals"  # of some layers' factors
+MODULES = "modules"  # of other kinds
 TWO_LEVEL = [  # a coarse space and a combination
     "nicolaides,additive",
     "residual,corrected",
@@ -28,8 +29,25 @@ TWO_LEVEL = [  # a coarse space and a combination
 ]
 
 
-def build() -> nn.Sequential:
+class Modules(nn.Module):
+    """An embedding and a head of one weight, attention, a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4), nn.Linear(4, 7)
+        self.head.weight = self.embed.weight
+        self.attention, self.up = nn.MultiheadAttention(4, 2, batch_first=True), nn.ConvTranspose1d(4, 4, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.embed((4 * x.flatten(1)[:, :6].abs()).long().clamp(max=6))
+        y = self.attention(y, y, y, need_weights=False)[0]
+        return self.head(self.up(y.mT).mT).mean(1)
+
+
+def build(style: str = "factored") -> nn.Module:
     torch.manual_seed(0)
+    if style == MODULES:
+        return Modules().double()
     return nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)
     ).double()
@@ -42,7 +60,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def train(model: nn.Module, style: str, rank: int, ranks: int, bad_at: int = -1) -> mk.KFAC:
     """``bad_at``: the step at which rank 0 has a batch that is not finite."""
-    kind, options = mk.KFAC, {"damping_style": style}
+    kind, options = mk.KFAC, {"damping_style": style} if style in STYLES else {}
     if style == DIAGONAL:
         options = {"output": {"*5": "diagonal"}, "input": {"*2": "diagonal"}}  # "module.5" with DDP
     if style in TWO_LEVEL:
@@ -79,7 +97,7 @@ def factors_of_half_a_model(rank: int, style: str) -> list[Tensor]:
 
 
 def joint(rank: int, ranks: int, style: str, bad_at: int = -1) -> dict[str, Any]:
-    model = nn.parallel.DistributedDataParallel(build())
+    model = nn.parallel.DistributedDataParallel(build(style))
     p = train(model, style, rank, ranks, bad_at)
     return {"weights": [q.detach() for q in model.parameters()], **p.diagnostics()}
 
@@ -88,7 +106,7 @@ def main(rank: int, ranks: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     found = {
-        **{style: joint(rank, ranks, style) for style in (*STYLES, DIAGONAL, *TWO_LEVEL)},
+        **{style: joint(rank, ranks, style) for style in (*STYLES, DIAGONAL, MODULES, *TWO_LEVEL)},
         **{f"{style}, refused": joint(rank, ranks, style, bad_at=1) for style in ("factored", "residual,corrected")},
         **{f"{style}, rests": factors_of_half_a_model(rank, style) for style in STYLES},
     }

@@ -35,9 +35,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(out) for out in outs]
 
 
-@pytest.mark.parametrize("style", [*kfac_rank.STYLES, kfac_rank.DIAGONAL, *kfac_rank.TWO_LEVEL])
+@pytest.mark.parametrize("style", [*kfac_rank.STYLES, kfac_rank.DIAGONAL, kfac_rank.MODULES, *kfac_rank.TWO_LEVEL])
 def test_two_processes_equal_one_on_the_joint_batch(style, found):
-    alone = kfac_rank.build()
+    alone = kfac_rank.build(style)
     p = kfac_rank.train(alone, style, 0, 1)
     for rank in found:
         got = rank[style]
