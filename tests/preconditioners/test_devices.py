@@ -194,3 +194,55 @@ def test_gradients_that_share_memory(kind, device):
         p.step()
         results.append([parameter.grad for parameter in net.parameters()])
     assert_same(*results, rtol=0)
+
+
+class Modules(nn.Module):
+    """An embedding and a head of one weight, attention, a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(7, 4, padding_idx=0), nn.Linear(4, 7)
+        self.head.weight = self.embed.weight
+        self.attention, self.up = nn.MultiheadAttention(4, 2, batch_first=True), nn.ConvTranspose1d(4, 4, 2, stride=2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        y = self.embed(tokens)
+        y = self.attention(y, y, y, need_weights=False)[0]
+        return self.head(self.up(y.mT).mT).mean(1)
+
+
+MODULES = {kind: KINDS[kind] for kind in ("factored", "reduce", "eigen_correction", "two-level, residual")}
+
+
+def modules(device: str) -> nn.Module:
+    torch.manual_seed(0)
+    return Modules().to(device, F64)
+
+
+def token_batch(device: str, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = (torch.randint(7, shape, generator=generator) for shape in ((6, 5), (6,)))
+    return x.to(device), y.to(device)
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_steps_of_other_modules_are_those_of_the_cpu(kind, device):
+    here, there = modules("cpu"), modules(device)
+    p, q = preconditioner(here, kind), preconditioner(there, kind)
+    for seed in range(4):
+        assert_same(step(there, q, *token_batch(device, seed)), step(here, p, *token_batch("cpu", seed)))
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_gathering_from_other_modules_reads_nothing_back(kind):
+    """In passes and steps; torch's own embedding and loss look at their indices on the CPU, in the forward pass."""
+    net = modules("cpu")
+    p = preconditioner(net, kind)
+    p.inv_update_steps = 100
+    for seed in range(3):
+        net.zero_grad()
+        x, y = token_batch("cpu", seed)
+        loss = F.cross_entropy(net(x), y)
+        with NothingIsRead() if seed else nullcontext():
+            loss.backward()
+            p.step()

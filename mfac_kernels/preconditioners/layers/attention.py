@@ -173,6 +173,8 @@ class _Mode(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear would: one copy for all records
         output = F.linear(x, weight, bias)
         hooks = [(layer, hook) for layer, hook in self._watch.hooks.values() if layer.is_in(weight)]
         if not hooks:

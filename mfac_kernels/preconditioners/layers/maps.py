@@ -121,7 +121,7 @@ class EmbeddingMap:
         rows = g.new_zeros(self.indices, self.width)
         rows.index_put_((a.reshape(-1),), g.reshape(-1, self.width), accumulate=True)
         if self.padding_idx is not None:
-            rows[self.padding_idx] = 0
+            rows[self.padding_idx].zero_()
         return rows.mT
 
 

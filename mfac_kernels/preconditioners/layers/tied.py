@@ -159,5 +159,5 @@ class TiedMap(LinearMap):
         block = g.new_zeros(self.shape)
         block[:, : self.inputs].index_put_((a.reshape(-1),), g.reshape(-1, self.inputs), accumulate=True)
         if self.padding_idx is not None:
-            block[self.padding_idx] = 0
+            block[self.padding_idx].zero_()
         return block
