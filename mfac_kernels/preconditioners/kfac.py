@@ -56,10 +56,9 @@ class KFAC(Preconditioner):
     What has seen no batch yet keeps its gradient, and is named in one warning if it has one.
 
     Covered: Linear with any leading dimensions, Conv1d, Conv2d, Conv3d with any groups and padding, their transposes
-    (:class:`mk.layers.ConvTransposeLayer`), Embedding, one whose weight is a head's too
-    (:class:`mk.layers.TiedLayer`), the normalization layers, the four projections of MultiheadAttention, each as a
-    Linear, Conv1D of the transformers library, and what is :meth:`registered <register>`. What else is trained keeps
-    its gradient; one warning lists it.
+    (:class:`mk.layers.ConvTransposeLayer`), Embedding, one whose weight is a head's too (:class:`mk.layers.TiedLayer`),
+    normalization layers, the four projections of MultiheadAttention, each as a Linear, Conv1D of the transformers
+    library, and what is :meth:`registered <register>`. What else is trained keeps its gradient; one warning lists it.
     Models under ``torch.compile`` work if the preconditioner is made before their first call. The model does not keep
     the preconditioner alive, and its copies come without one.
 
