@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import mfac_kernels as mk
+from mfac_kernels.preconditioners._gathering import Gatherer
 from mfac_kernels.training import KFACConfig, OptimizerConfig, RunResult, SGDConfig, datasets, train
 from mfac_kernels.training.models import vgg11
 
@@ -130,8 +131,8 @@ def main() -> None:
         data, train_images=data.train_images[: arguments.images], train_labels=data.train_labels[: arguments.images]
     )
     clock = Clock()
-    clock.watch(mk.KFAC, "_on_forward", "factors")
-    clock.watch(mk.KFAC, "_on_backward", "factors")
+    clock.watch(Gatherer, "on_forward", "factors")
+    clock.watch(Gatherer, "on_backward", "factors")
     clock.watch(mk.KroneckerFisher, "refresh", "inversion")
     clock.watch(mk.KFAC, "step", "step")
     described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)

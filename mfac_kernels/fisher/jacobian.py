@@ -105,7 +105,7 @@ class JacobianProduct:
         dots = torch.zeros(self.samples, len(self.maps), dtype=self.dtype, device=self.device)
         for call in self.calls:
             outputs = self.maps[call.layer].forward(self._cast(call.inputs), x[call.layer].to(self.dtype))
-            each = _sample_dots(self._cast(call.gradients), outputs).view(-1, call.repeats).sum(1)
+            each = sample_dots(self._cast(call.gradients), outputs).view(-1, call.repeats).sum(1)
             dots[call.first : call.first + call.samples, call.layer] += each
         return dots
 
@@ -151,7 +151,7 @@ class JacobianProduct:
         return rows.to(self.dtype) if rows.is_floating_point() else rows
 
 
-def _sample_dots(g: Tensor, y: Tensor) -> Tensor:
+def sample_dots(g: Tensor, y: Tensor) -> Tensor:
     """(n,): the product of g and y, y broadcast, summed over all dimensions but the first."""
     if y.shape == g.shape:
         dots: Tensor = torch.linalg.vecdot(g.flatten(1), y.flatten(1))

@@ -1,0 +1,123 @@
+"""`make paper-twolevel` from end to end at a tiny size, on scikit-learn's digits; what its measurements are made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import paper_twolevel
+import pytest
+import torch
+from paper_problems import Bernoulli, Categorical, Data, Problem, autoencoder, deep_linear
+from paper_twolevel_report import minimum
+from torch import nn
+from two_level_cases import Case, cut
+from two_level_probe import energy, natural_gradient
+from two_level_runs import CONTENDERS, CORRECTED, TSELEPIDIS, Run
+
+from mfac_kernels.training import datasets
+
+
+def digits(reconstruct: bool) -> Data:
+    pytest.importorskip("sklearn")
+    data = datasets.load("digits")
+    x = data.train_images.flatten(1) / 255
+    return Data(x, x if reconstruct else data.train_labels, "digits")
+
+
+TINY = {
+    "codes": Problem(
+        "An autoencoder of digits",
+        lambda: autoencoder([64, 16, 4]),
+        lambda: digits(True),
+        Bernoulli(),
+        images=128,
+        batch=32,
+        epochs=9,
+        grid_steps=9,
+        loss="cross-entropy of a pixel",
+        pixels=64,
+    ),
+    "linear": Problem(
+        "Three linear layers",
+        lambda: deep_linear(64, 10, depth=3, width=5),
+        lambda: digits(False),
+        Categorical(),
+        images=96,
+        batch=32,
+        epochs=9,
+        grid_steps=9,
+        loss="cross-entropy",
+    ),
+}
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paper_twolevel, "PROBLEMS", TINY)
+    monkeypatch.setattr(paper_twolevel, "RATES", (0.001,))
+
+
+def run(out: Path, *more: str) -> dict[str, object]:
+    paper_twolevel.main(["--out", str(out), "--epochs", "2", "--grid-steps", "1", *more])
+    return json.loads((out / "twolevel.json").read_text())
+
+
+def test_end_to_end_and_resumed(tiny, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    first = run(tmp_path, "--problems", "codes", "--seeds", "1")
+    shown = capsys.readouterr().out
+    assert "about" in shown and "s left  codes, K-FAC, lr 0.001, damping 0.01, search: loss" in shown
+    both = run(tmp_path, "--seeds", "1")
+    assert both["runs"][: len(first["runs"])] == first["runs"]  # nothing is repeated
+    final = [Run(**r) for r in both["runs"] if not r["searching"]]
+    assert [(r.problem, r.contender) for r in final] == [(p, c) for p in TINY for c in CONTENDERS]
+    for r in final:
+        assert r.steps == 2 * TINY[r.problem].steps_per_epoch <= len(r.losses) == len(r.seconds)
+        exact = r.contender in CORRECTED and r.contender != TSELEPIDIS
+        assert len(r.gains) == (r.steps if r.contender in CORRECTED else 0) and (not exact or min(r.gains) > 0)
+        assert len(r.shares) == (3 if r.contender in CORRECTED else 0) and (not exact or min(r.shares) > 0)
+    text = (tmp_path / "twolevel.md").read_text()
+    for problem in TINY.values():
+        assert f"## {problem.title}" in text
+    assert text.count("The paper's conclusion is ") == text.count("The error in the F-norm falls in all of the ") == 2
+    assert (tmp_path / "twolevel.png").read_bytes().startswith(b"\x89PNG")
+
+    def repeated(*_: object) -> None:
+        raise AssertionError("a run that is in the file")
+
+    monkeypatch.setattr(paper_twolevel, "train", repeated)
+    assert run(tmp_path, "--seeds", "1")["runs"] == both["runs"]
+
+
+def test_unknown_problem(tiny, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--problems", "codes,mnist")
+    assert "--problems: expected some of codes, linear, got 'mnist'" in capsys.readouterr().err
+
+
+def test_minimum_of_epochs():
+    problem = TINY["linear"]  # three steps an epoch
+    losses, seconds = [4.0, 3.0, 5.0, 2.0, 2.0, 2.0, 0.0], [1.0] * 7
+    r = Run("linear", "SGD", 0.1, None, 0, 6, False, losses=losses, seconds=seconds)
+    assert minimum(problem, r, steps=6) == 2
+    assert minimum(problem, r) == pytest.approx(4 / 3)
+    assert minimum(problem, r, seconds=4.5) == pytest.approx(10 / 3)
+    assert minimum(problem, r, seconds=2.5) == float("inf")
+
+
+def test_energies_are_errors_and_conjugate_gradients_find_their_least():
+    case = Case("convolutional", coarse_space="residual")
+    other = Case("convolutional", coarse_space="residual")
+    net, p = other.net, other.p
+    net.zero_grad()
+    nn.functional.cross_entropy(net(other.x), torch.arange(7) * 7 % 3).backward()
+    jacobian = p._batch.jacobian(None, torch.float64, torch.device("cpu"))
+    gradient, first, step, best = (cut(v, case.shapes) for v in (case.gradient, case.first, case.step, case.best))
+    damping = p.fisher.damping
+    errors = [energy(jacobian, damping, gradient, x) for x in (first, step, best)]
+    assert errors[0] - errors[1] == pytest.approx(case.lowered())
+    assert errors[0] - errors[2] == pytest.approx(case.norm(case.first))
+    found = natural_gradient(jacobian, damping, gradient, tolerance=1e-9)
+    for a, b in zip(found, best, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
