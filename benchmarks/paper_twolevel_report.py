@@ -157,7 +157,8 @@ def plot(problems: Mapping[str, Problem], runs: Mapping[str, Runs], path: Path) 
             means = [problem.shown(math.fsum(losses[k : k + width]) / width) for k in range(len(losses) - width + 1)]
             epochs = [(k + width) / width for k in range(len(means))]
             style = "--" if contender not in CORRECTED else "-"
-            (line,) = axes[0, i].plot(epochs, means, style, label=contender, linewidth=1.2)
+            marker = "o" if len(means) == 1 else ""
+            (line,) = axes[0, i].plot(epochs, means, style, label=contender, linewidth=1.2, marker=marker)
             if contender in CORRECTED:
                 gains = _mean([run.gains for run in of_one])
                 axes[1, i].plot(range(1, len(gains) + 1), gains, color=line.get_color(), linewidth=1.0)
