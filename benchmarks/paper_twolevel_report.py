@@ -124,10 +124,10 @@ def _conclusion(problem: Problem, runs: Runs) -> list[str]:
         counts = ", ".join(f"{count} of {len(gains[c])} with {c}" for c, count in rising.items())
         error = f"but not in {counts}"
     losses = {c: [minimum(problem, run, steps=problem.steps) for run in runs[c]] for c in (KFAC, *CORRECTED)}
-    usual = statistics.mean(losses[KFAC])
-    deviation = statistics.stdev(losses[KFAC]) if len(losses[KFAC]) > 1 else 0.0
+    usual = statistics.fmean(losses[KFAC])
+    deviation = statistics.stdev(losses[KFAC]) if len(losses[KFAC]) > 1 and math.isfinite(usual) else 0.0
     little = max(LITTLE * usual, 2 * deviation)
-    moves = {c: statistics.mean(losses[c]) - usual for c in CORRECTED}
+    moves = {c: statistics.fmean(losses[c]) - usual for c in CORRECTED}
     far = {
         c: "diverges" if any(diverged(problem, run) for run in runs[c]) else "moves by more"
         for c, move in moves.items()

@@ -46,6 +46,10 @@ class TwoLevelKFAC(KFAC):
     equations are solved in float64. A coarse matrix that is singular, or not finite, leaves K-FAC's step as it is and
     is counted; nothing waits for the device but the eigenvectors of ``"spectral"``, when the inverses are computed.
 
+    F has ``damping`` alone. K-FAC's factored form, (B + b) (x) (A + a) with a b = damping, damps more than that: a
+    damping that is good for K-FAC can be too small here. And what inverses miss that are some steps old, the correction
+    is too narrow to mend.
+
     Inputs and output gradients are kept from each backward pass to the step, every step, whatever
     ``factor_update_steps``; under ``fisher_type="mc"`` those of :meth:`sampling`, which each step then needs. Layers
     that are not called, or without a row for each sample, keep K-FAC's step.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import paper_twolevel
 import pytest
 import torch
 from paper_problems import Bernoulli, Categorical, Data, Problem, autoencoder, deep_linear
-from paper_twolevel_report import minimum
+from paper_twolevel_report import minimum, write_report
 from torch import nn
 from two_level_cases import Case, cut
 from two_level_probe import energy, natural_gradient
-from two_level_runs import CONTENDERS, CORRECTED, TSELEPIDIS, Run
+from two_level_runs import CONTENDERS, CORRECTED, KFAC, TSELEPIDIS, Run
 
 from mfac_kernels.training import datasets
 
@@ -104,6 +105,24 @@ def test_minimum_of_epochs():
     assert minimum(problem, r) == pytest.approx(4 / 3)
     assert minimum(problem, r, seconds=4.5) == pytest.approx(10 / 3)
     assert minimum(problem, r, seconds=2.5) == float("inf")
+
+
+@pytest.mark.parametrize("failing", [KFAC, CORRECTED[1], "SGD"])
+def test_runs_that_diverge_are_told(failing, tmp_path):
+    """In the first epoch; none of what is computed from them stops the report."""
+    pytest.importorskip("matplotlib")
+    problem = replace(TINY["linear"], epochs=2)
+    runs = []
+    for contender in CONTENDERS:
+        for seed, searching in ((0, True), (0, False), (1, False)):
+            steps = 2 if contender == failing and not searching else 6
+            ones = [1.0] * steps
+            gains = ones if contender in CORRECTED else []
+            runs.append(Run("linear", contender, 0.1, 0.1, seed, 6, searching, "", ones, ones, gains))
+    text = write_report({"linear": problem}, runs, {}, tmp_path)
+    row = next(line for line in text.splitlines() if line.startswith(f"| {failing} |"))
+    assert "| no whole epoch, then 2 diverged |" in row
+    assert (f"diverges with {CORRECTED[1]}" in text) == (failing == CORRECTED[1])
 
 
 def test_energies_are_errors_and_conjugate_gradients_find_their_least():
