@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gathering_cases import EKFAC, F64, assert_same, kfac, seeded
+from gathering_cases import EKFAC, F64, FixedScaler, assert_same, kfac, seeded
 from module_cases import assert_same_layers, blocks, stepped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -376,15 +376,8 @@ def test_the_update_is_the_dense_solve():
 def test_a_scaled_loss(scale):
     """Factors are homogeneous in the gradient, also through the root that both are divided by."""
 
-    class Scaler:
-        def is_enabled(self) -> bool:
-            return True
-
-        def _get_scale_async(self) -> Tensor:
-            return torch.tensor(scale)
-
     found = []
-    for scaler in (None, Scaler()):
+    for scaler in (None, FixedScaler(scale)):
         net = Net(bias=True)
         p = kfac(net, scaler=scaler)
         loss = loss_of(net(tokens()))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from gathering_cases import EKFAC, F64, assert_same, factors, kfac, loss_of, seeded
+from gathering_cases import EKFAC, F64, FixedScaler, assert_same, factors, kfac, loss_of, seeded
 from module_cases import WAYS, Repeated, assert_same_layers, blocks, stepped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -216,15 +216,8 @@ def test_shared_and_accumulated(calls, passes, use_reentrant):
 def test_a_scaled_loss(options, scale):
     """The scale is taken from the factor of the gradients, which is A."""
 
-    class Scaler:
-        def is_enabled(self) -> bool:
-            return True
-
-        def _get_scale_async(self) -> Tensor:
-            return torch.tensor(scale)
-
     found = []
-    for scaler in (None, Scaler()):
+    for scaler in (None, FixedScaler(scale)):
         conv = module(2, kernel_size=2, stride=2)
         p = kfac(conv, scaler=scaler, **options)
         for _ in range(2):

@@ -21,6 +21,19 @@ EKFAC = {"damping_style": "exact", "eigen_correction": True, "inv_update_steps":
 KINDS = ("linear", "sequence", "convolution", "strided")
 
 
+class FixedScaler:
+    """A GradScaler with this scale."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def is_enabled(self) -> bool:
+        return True
+
+    def _get_scale_async(self) -> Tensor:
+        return torch.tensor(self.scale)
+
+
 def seeded(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
 
