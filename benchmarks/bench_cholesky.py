@@ -20,14 +20,14 @@ GROUP = 64
 CALLS = 5  # in a row: a thread that has gone to sleep beside a serial contender takes most of a millisecond to wake
 
 
-def factors(batch: int, n: int) -> Tensor:
+def factors(batch: int, n: int, device: str) -> Tensor:
     """Second moments of 2 n samples."""
-    x = torch.randn(batch, 2 * n, n, generator=torch.Generator().manual_seed(n))
+    x = torch.randn(batch, 2 * n, n, device=device, generator=torch.Generator(device).manual_seed(n))
     return x.mT @ x / (2 * n)
 
 
 def damped(blocks: Tensor) -> Tensor:
-    return blocks + DAMPING * torch.eye(blocks.shape[-1])
+    return blocks + DAMPING * torch.eye(blocks.shape[-1], device=blocks.device)
 
 
 def factor_and_invert(a: Tensor) -> Tensor:
@@ -35,14 +35,15 @@ def factor_and_invert(a: Tensor) -> Tensor:
 
 
 def assert_inverse(inverse: Tensor, blocks: Tensor) -> None:
-    x = torch.randn(blocks.shape[-1], 4, dtype=torch.float64)
+    x = torch.randn(blocks.shape[-1], 4, dtype=torch.float64, device=blocks.device)
     error = float((damped(blocks).double() @ (inverse.double() @ x) - x).abs().max())
     assert error <= 1e-2, error
 
 
 def contenders(blocks: Tensor) -> dict[str, Callable[[], object]]:
     """Of blocks that are damped already: that is our part alone."""
-    a, identity = damped(blocks), torch.eye(blocks.shape[-1]).expand_as(blocks)
+    a = damped(blocks)
+    identity = torch.eye(blocks.shape[-1], device=blocks.device).expand_as(blocks)
     return {
         "cholesky_ex + cholesky_inverse": lambda: factor_and_invert(a),
         "inv_ex": lambda: torch.linalg.inv_ex(a),
@@ -51,8 +52,8 @@ def contenders(blocks: Tensor) -> dict[str, Callable[[], object]]:
 
 
 @pytest.mark.parametrize(("batch", "n", "gate"), SIZES, ids=[f"{n}" for _, n, _ in SIZES])
-def test_inverse(race, batch, n, gate):
-    blocks = factors(batch, n)
+def test_inverse(race, device, batch, n, gate):
+    blocks = factors(batch, n, device)
     out = torch.empty_like(blocks)
     assert_inverse(ops.cholesky_inverse_ex(blocks, DAMPING, out=out)[0], blocks)
     race(
@@ -67,8 +68,8 @@ def test_inverse(race, batch, n, gate):
 
 
 @pytest.mark.parametrize(("batch", "n"), [(1024, 64), (16, 256)])
-def test_factor(race, batch, n):
-    blocks = factors(batch, n)
+def test_factor(race, device, batch, n):
+    blocks = factors(batch, n, device)
     a = damped(blocks)
     factor = ops.cholesky_factor_ex(blocks, DAMPING)[0]
     torch.testing.assert_close(factor, torch.linalg.cholesky(a), rtol=1e-3, atol=1e-4)
@@ -83,8 +84,9 @@ def test_factor(race, batch, n):
 
 
 @pytest.mark.parametrize(("batch", "n"), [(1024, 64), (16, 256)])
-def test_solve(race, batch, n):
-    lower, b = torch.linalg.cholesky(damped(factors(batch, n))), torch.randn(batch, n, n)
+def test_solve(race, device, batch, n):
+    lower = torch.linalg.cholesky(damped(factors(batch, n, device)))
+    b = torch.randn(batch, n, n, device=device)
     torch.testing.assert_close(ops.cholesky_solve(lower, b), torch.cholesky_solve(b, lower), rtol=1e-2, atol=1e-2)
     race(
         "batched solve, n right-hand sides",
@@ -108,14 +110,14 @@ def resnet50() -> list[tuple[int, int]]:
     return [*layers, (channels + 1, 1000)]  # the last one has a bias
 
 
-def grouped(dim: int) -> list[Tensor]:
+def grouped(dim: int, device: str) -> list[Tensor]:
     """The diagonal blocks of a factor (dim, dim) in groups of 64 channels: the whole ones, and the ragged last."""
     whole, rest = divmod(dim, GROUP)
-    return [factors(count, n) for count, n in ((whole, GROUP), (1, rest)) if count * n]
+    return [factors(count, n, device) for count, n in ((whole, GROUP), (1, rest)) if count * n]
 
 
-def test_resnet50(race):
-    batches = [blocks for layer in resnet50() for dim in layer for blocks in grouped(dim)]
+def test_resnet50(race, device):
+    batches = [blocks for layer in resnet50() for dim in layer for blocks in grouped(dim, device)]
     loop = [damped(blocks) for blocks in batches]
     inverses = ops.grouped_cholesky_inverse_ex(batches, DAMPING)[0]
     for blocks, inverse in zip(batches, inverses, strict=True):
@@ -134,9 +136,9 @@ def test_resnet50(race):
 
 
 @pytest.mark.parametrize(("batch", "n"), [(1, 4608), (9, 512), (144, 32)])
-def test_grouping(race, batch, n):
+def test_grouping(race, device, batch, n):
     """The factor of a 3 x 3 convolution of 512 channels: whole, in 9 blocks, in 144."""
-    blocks = factors(batch, n)
+    blocks = factors(batch, n, device)
     out, a = torch.empty_like(blocks), damped(blocks)
     assert_inverse(ops.cholesky_inverse_ex(blocks, DAMPING, out=out)[0], blocks)
     race(

@@ -33,6 +33,10 @@ def vgg() -> nn.Module:
     return vgg11(3, 10, 16)
 
 
+def images(device: str) -> tuple[Tensor, Tensor]:
+    return torch.randn(100, 3, 32, 32, device=device), torch.randint(0, 10, (100,), device=device)
+
+
 def backward(net: nn.Module, x: Tensor, y: Tensor) -> None:
     net.zero_grad()
     F.cross_entropy(net(x), y).backward()
@@ -105,11 +109,10 @@ def with_asdfghjkl(net: nn.Module, x: Tensor, y: Tensor, every: int) -> Callable
 
 @pytest.mark.parametrize("every", [1, 10])
 @pytest.mark.parametrize("model", [resnet20, vgg], ids=["ResNet-20", "VGG-11, a quarter wide"])
-def test_whole_step(race, model, every):
+def test_whole_step(race, device, model, every):
     """As many steps as there are from one inversion to the next."""
     torch.manual_seed(0)
-    net = model()
-    x, y = torch.randn(100, 3, 32, 32), torch.randint(0, 10, (100,))
+    net, (x, y) = model().to(device), images(device)
     steps: dict[str, Callable[[], None]] = {"SGD": lambda: backward(net, x, y)}
     for name, make in (("curvlinops", with_curvlinops), ("asdfghjkl", with_asdfghjkl)):
         with suppress(pytest.skip.Exception):
@@ -128,11 +131,10 @@ def repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(("spatial", "group_size"), [("full", None), ("full", 32), ("sua", None), ("sua", 32)])
-def test_step_with_rare_inversions(race, spatial, group_size):
+def test_step_with_rare_inversions(race, device, spatial, group_size):
     """Inverses every 50 steps, as in Laurent et al. 2018: the share of the rest."""
     torch.manual_seed(0)
-    net = vgg()
-    x, y = torch.randn(100, 3, 32, 32), torch.randint(0, 10, (100,))
+    net, (x, y) = vgg().to(device), images(device)
     step = with_kfac(net, x, y, inv_update_steps=50, spatial=spatial, group_size=group_size)
     step()
     groups = f", groups of {group_size}" if group_size else ""
@@ -140,11 +142,10 @@ def test_step_with_rare_inversions(race, spatial, group_size):
 
 
 @pytest.mark.parametrize(("spatial", "group_size"), [("full", None), ("full", 32), ("sua", None), ("sua", 32)])
-def test_inversion_at_real_size(race, spatial, group_size):
+def test_inversion_at_real_size(race, device, spatial, group_size):
     """VGG-11 whole: factors of up to 4608, 512 or 32 rows. The ratio is a plain step over the inversion."""
     torch.manual_seed(0)
-    net = vgg11(3, 10)
-    x, y = torch.randn(100, 3, 32, 32), torch.randint(0, 10, (100,))
+    net, (x, y) = vgg11(3, 10).to(device), images(device)
     p = mk.KFAC(net, DAMPING, normalization="skip", skip_layers=norms(net), spatial=spatial, group_size=group_size)
     backward(net, x, y)
     p.step()

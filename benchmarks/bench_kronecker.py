@@ -50,8 +50,8 @@ def race_factor(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("rows", "d"), [(65536, 64), (16384, 256), (4096, 768), (4096, 2048)])
-def test_linear_factor(race, rows, d, dtype):
-    x = torch.randn(rows, d).to(dtype)
+def test_linear_factor(race, device, rows, d, dtype):
+    x = torch.randn(rows, d, device=device).to(dtype)
     race_factor(
         race,
         "linear factor",
@@ -65,8 +65,8 @@ def test_linear_factor(race, rows, d, dtype):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
 @pytest.mark.parametrize(("n", "c", "size"), [(128, 16, 32), (32, 64, 56), (32, 256, 28), (32, 512, 14), (32, 2048, 7)])
-def test_channel_factor(race, n, c, size, channels_last):
-    x = torch.randn(n, c, size, size)
+def test_channel_factor(race, device, n, c, size, channels_last):
+    x = torch.randn(n, c, size, size, device=device)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
 
@@ -102,9 +102,9 @@ CONVOLUTIONS = {  # N, C, H = W, kernel, stride, padding, dilation, groups
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_conv_factor(race, name):
+def test_conv_factor(race, device, name):
     n, c, size, kernel, stride, padding, dilation, groups = CONVOLUTIONS[name]
-    x = torch.randn(n, c, size, size)
+    x = torch.randn(n, c, size, size, device=device)
 
     def plain() -> Tensor:
         columns = F.unfold(x, kernel, dilation, padding, stride)

@@ -32,10 +32,10 @@ def plain(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(("n", "c", "size"), LAYERS)
-def test_conv_lags(race, n, c, size):
-    x = torch.randn(n, c, size, size, generator=torch.Generator().manual_seed(0))
-    state = torch.zeros(ops.conv2d_lags_size(c, 3, padding=1))
-    factor, want = torch.empty(9 * c, 9 * c), plain(x)
+def test_conv_lags(race, device, n, c, size):
+    x = torch.randn(n, c, size, size, device=device, generator=torch.Generator(device).manual_seed(0))
+    state = torch.zeros(ops.conv2d_lags_size(c, 3, padding=1), device=device)
+    factor, want = torch.empty(9 * c, 9 * c, device=device), plain(x)
 
     def ours(algorithm: str) -> None:
         ops.conv2d_lags_(state, x, 3, padding=1, beta=0.0, algorithm=algorithm)

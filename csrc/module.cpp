@@ -1,9 +1,6 @@
 // mfac_kernels._C: the record of the build, from macros that setup.py sets. Links no torch.
 #include <pybind11/pybind11.h>
 
-#include <sstream>
-#include <string>
-
 namespace py = pybind11;
 
 namespace {
@@ -17,8 +14,7 @@ py::dict build_info() {
   py::list architectures;
 #ifdef MFAC_KERNELS_WITH_CUDA
   info["cuda_built"] = MFAC_KERNELS_CUDA_VERSION;
-  std::istringstream list(MFAC_KERNELS_CUDA_ARCHITECTURES);
-  for (std::string architecture; std::getline(list, architecture, ';');) architectures.append(architecture);
+  architectures = py::str(MFAC_KERNELS_CUDA_ARCHITECTURES).attr("split")(";");
 #else
   info["cuda_built"] = py::none();
 #endif

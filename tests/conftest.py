@@ -12,6 +12,7 @@ Without hypothesis the tests that need it are skipped, each by name; plain cases
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -64,6 +65,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if "device" in getattr(item, "fixturenames", ())]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    """A kernel that faults leaves its process without a GPU: the process ends, and xdist goes on in another."""
+    if call.excinfo is None or "PYTEST_XDIST_WORKER" not in os.environ or "cuda" not in _devices():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        with item.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print(f"{item.nodeid}: the GPU is lost\n{call.excinfo.getrepr(style='short')}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(params=_devices())

@@ -58,7 +58,9 @@ def phases(results: Path, dry: bool) -> list[Phase]:
     device = "cpu" if dry else "cuda"
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
-    spread = ["-n", "4"] if has("xdist") else []
+    # A kernel that faults takes its process with it: another worker goes on with the rest.
+    workers = str(max(1, min(12, (os.cpu_count() or 1) - 2)))
+    spread = ["-n", workers, "--max-worker-restart", "100"] if has("xdist") and not dry else []
     devices = {"MFAC_KERNELS_TEST_DEVICES": device, "CI": "1"}  # CI: the same examples every time
     build = {"MFAC_KERNELS_CUDA": "0" if dry else "1", "MAX_JOBS": str(os.cpu_count())}
     if not dry:

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <ostream>
 #include <vector>
 
 #include "common/checks.h"
@@ -59,9 +58,7 @@ struct Entry {
   const char *op, *list;
   int64_t index;
 };
-inline std::ostream& operator<<(std::ostream& text, const Entry& entry) {
-  return text << entry.op << ": " << entry.list << '[' << entry.index << ']';
-}
+inline Text& operator<<(Text& text, const Entry& entry) { return text << entry.op << ": " << entry.list << '[' << entry.index << ']'; }
 
 inline void check_dtype_is(const Entry& entry, const Tensor& t, ScalarType expected) {
   check(t.scalar_type() == expected, entry, ": expected ", torch::headeronly::toString(expected), ", got ",

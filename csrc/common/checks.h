@@ -4,10 +4,12 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <concepts>
+#include <cstdio>
 #include <initializer_list>
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include "common/types.h"
 
@@ -16,14 +18,38 @@ namespace mfac_kernels {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// A message in the making. A stream would bring locales along, of which there are two where a compiler links libstdc++ statically: the
+// first number that is written then ends the process.
+class Text {
+ public:
+  Text& operator<<(std::string_view words) {
+    text_ += words;
+    return *this;
+  }
+  Text& operator<<(char letter) { return *this << std::string_view(&letter, 1); }
+  Text& operator<<(double number) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", number);
+    return *this << std::string_view(digits);
+  }
+  template <std::integral T>
+  Text& operator<<(T number) {
+    return *this << std::string_view(std::to_string(number));
+  }
+  const std::string& string() const { return text_; }
+
+ private:
+  std::string text_;
+};
+
 // STD_TORCH_CHECK puts the source's path in front of every message; users want the message.
 template <class... Args>
 void check(bool condition, const Args&... message) {
   if (condition) [[likely]]
     return;
-  std::ostringstream text;
+  Text text;
   (text << ... << message);
-  throw std::runtime_error(text.str());
+  throw std::runtime_error(text.string());
 }
 
 // Printed as (2, 3), and only if a check fails.
@@ -31,7 +57,7 @@ struct shape {
   const Tensor& tensor;
   explicit shape(const Tensor& t) : tensor(t) {}
 };
-inline std::ostream& operator<<(std::ostream& text, const shape& of) {
+inline Text& operator<<(Text& text, const shape& of) {
   text << '(';
   for (int64_t i = 0; i < of.tensor.dim(); ++i) text << (i ? ", " : "") << of.tensor.size(i);
   return text << (of.tensor.dim() == 1 ? ",)" : ")");
@@ -54,16 +80,21 @@ inline void check_rows(const char* op, const char* name, const Tensor& t) {
   check(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", name, ": expected contiguous rows, got stride ", t.stride(1));
 }
 
+// A list of sizes, printed as shape is.
+struct sizes {
+  const std::initializer_list<int64_t>& list;
+};
+inline Text& operator<<(Text& text, const sizes& of) {
+  text << '(';
+  for (auto size = of.list.begin(); size != of.list.end(); ++size) text << (size == of.list.begin() ? "" : ", ") << *size;
+  return text << (of.list.size() == 1 ? ",)" : ")");
+}
+
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
   bool same = t.dim() == static_cast<int64_t>(expected.size());
-  std::ostringstream wanted;
   int64_t i = 0;
-  for (int64_t size : expected) {
-    wanted << (i ? ", " : "") << size;
-    same = same && t.size(i) == size;
-    ++i;
-  }
-  check(same, op, ": ", name, ": expected shape (", wanted.str(), expected.size() == 1 ? ",)" : ")", ", got ", shape(t));
+  for (int64_t size : expected) same = same && t.size(i++) == size;
+  check(same, op, ": ", name, ": expected shape ", sizes{expected}, ", got ", shape(t));
 }
 
 inline void check_state(const char* op, const char* name, const Tensor& t, ScalarType dtype, std::initializer_list<int64_t> expected) {

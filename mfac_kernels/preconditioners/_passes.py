@@ -104,15 +104,15 @@ class Saved:
     """A tensor as autograd saves it: packed by whatever saved-tensor hooks are set (checkpoints drop and recompute it,
     others move it away), and an error if it was written to in between."""
 
-    __slots__ = ("_node",)
+    __slots__ = ("_result",)
 
     def __init__(self, x: Tensor) -> None:
         anchor = torch.empty(0, requires_grad=True)
         with torch.enable_grad():
-            self._node: Any = _Save.apply(anchor, x).grad_fn  # type: ignore[no-untyped-call]
+            self._result: Any = _Save.apply(anchor, x)  # type: ignore[no-untyped-call]  # keeps its node's tensors
 
     def get(self) -> Tensor:
-        (x,) = self._node.saved_tensors
+        (x,) = self._result.grad_fn.saved_tensors
         assert isinstance(x, Tensor)
         return x
 
