@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-from pathlib import Path
-from types import ModuleType
 
 import pytest
-
-FOLDER = Path(__file__).parents[2] / "examples"
-EXAMPLES = sorted(path.stem for path in FOLDER.glob("[!_]*.py"))
-
-
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"examples.{name}", FOLDER / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from example_files import NAMES, example
 
 
 def printed(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
@@ -28,10 +15,12 @@ def printed(name: str, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
     return {match[1]: float(match[2]) for line in lines if (match := re.fullmatch(r"(.*) error (\S+)", line))}
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", NAMES)
 def test_it_runs(name, capsys):
-    example(name).main()
-    assert capsys.readouterr().out
+    """float32: two ways to one thing differ by rounding, times the condition of H; influence predicts, GPTQ rounds."""
+    allowed = {"mixture_of_experts": 1.0, "influence": 0.1, "layer_hessians": 1e-3}.get(name, 1e-4)
+    errors = printed(name, capsys)
+    assert all(error <= allowed for error in errors.values()), errors
 
 
 def test_layer_hessians(capsys):
