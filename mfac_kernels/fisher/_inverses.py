@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mfac_kernels import ops
-from mfac_kernels.fisher._layout import KroneckerShape, multiply_inputs, multiply_outputs
+from mfac_kernels.fisher._layout import KroneckerShape, multiply_inputs, multiply_outputs, multiply_rows
+from mfac_kernels.fisher._pairs import Pairs
 from mfac_kernels.fisher._stack import Stack, lerp_rows
 
 State = dict[str, list[Tensor]]
@@ -185,16 +186,19 @@ class Eigenbases(Inverses):
                 self.moments[i][row] = torch.where(seen[:, None, None, None, None], moments, 1)
                 self._dampings[i][row] = damping * seen.to(moments.dtype)
 
-    def add_moments(
-        self, stack: Stack, row: int, inputs: Tensor, gradients: Tensor, alpha: float, weights: Tensor | None
-    ) -> None:
+    def add_moments(self, stack: Stack, row: int, pairs: Pairs) -> None:
+        inputs, gradients, alpha, weights = pairs
         if not self.eigen_correction or stack.shape.sua:
             raise ValueError("add_moments: expected eigen_correction, and full spatial factors")
         i = self.stacks.index(stack)
         total = self._sums[i][row, :, :, 0]  # (groups, outputs, inputs)
         begun, self.begun[i][row] = self.begun[i][row], True
         by_gradient = gradients.dim() == 1  # indices of one-hot rows
-        rows = _rotated(inputs, self._inputs[i][row]) if by_gradient else _rotated(gradients, self._outputs[i][row])
+        rows = (
+            multiply_rows(inputs, self._inputs[i][row])
+            if by_gradient
+            else multiply_rows(gradients, self._outputs[i][row])
+        )
         squares = alpha * rows.square()
         if weights is not None:
             squares = squares * weights
@@ -204,7 +208,7 @@ class Eigenbases(Inverses):
                 total.zero_()
             into[0].index_put_((indices,), squares[0].to(total.dtype), accumulate=True)
             return
-        product = squares.mT @ _rotated(inputs, self._inputs[i][row]).square()
+        product = squares.mT @ multiply_rows(inputs, self._inputs[i][row]).square()
         total.copy_(product + total if begun else product)
 
     def sums(self) -> list[Tensor]:
@@ -255,11 +259,6 @@ class Eigenbases(Inverses):
             "moments": self.moments,
             "dampings": self._dampings,
         }
-
-
-def _rotated(rows: Tensor, basis: Tensor) -> Tensor:
-    """rows (groups, n, width) in the eigenbasis (blocks, s, s) of a factor."""
-    return multiply_inputs(rows.to(basis.dtype)[None, :, :, None], basis[None])[0, :, :, 0]
 
 
 def _scaled(total: Tensor, scale: Tensor | None) -> Tensor:

@@ -157,6 +157,11 @@ def multiply_inputs(x: Tensor, matrix: Tensor) -> Tensor:
     return _multiply_blocks(rows.mT[:, 0], matrix.mT).mT.reshape(x.shape)
 
 
+def multiply_rows(rows: Tensor, matrix: Tensor) -> Tensor:
+    """Rows (groups, n, width) times the factor (blocks, s, s) of one layer, in its dtype."""
+    return multiply_inputs(rows.to(matrix.dtype)[None, :, :, None], matrix[None])[0, :, :, 0]
+
+
 def multiply_outputs(matrix: Tensor, x: Tensor) -> Tensor:
     """``matrix @ x`` along the outputs: matrix (layers, blocks, s, s), x (layers, groups, outputs, uses, a)."""
     if matrix.shape[-1] == 1:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfac_kernels.fisher._layout import KroneckerShape
+from mfac_kernels.fisher._pairs import Approximate, probe, product_of
 
 
 class Stack:
@@ -16,13 +17,20 @@ class Stack:
 
     ``inputs`` and ``outputs`` are exponential sums; divided by ``weight`` (L,), in [0, 1), they are averages.
     ``called`` (L,), if ranks share a batch: how many of them have sums of each layer.
+    ``paired``: the sums are of pairs of rows, see :mod:`mfac_kernels.fisher._pairs`.
     """
 
     def __init__(
-        self, shape: KroneckerShape, layers: Sequence[int], dtype: torch.dtype, device: torch.device | str | None
+        self,
+        shape: KroneckerShape,
+        layers: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str | None,
+        approximate: Approximate = "kfac",
     ) -> None:
         count = len(layers)
         self.shape, self.layers = shape, tuple(layers)
+        self.approximate, self.paired = approximate, approximate != "kfac" and not shape.unit
         self.inputs = torch.zeros(count, *shape.input_state, dtype=dtype, device=device)
         self.outputs = torch.zeros(count, *shape.output_factor, dtype=dtype, device=device)
         self.weight = torch.zeros(count, dtype=dtype, device=device)
@@ -56,9 +64,11 @@ class Stack:
         take = take.to(self.weight.dtype)
         if output_scale is not None:
             # Refused sums are not used, but 0 * inf is no number.
-            squares = self.input_sums if self.shape.unit or self.shape.exchanged else self.output_sums
-            squares.mul_(torch.where(take > 0, output_scale, 0))
-        inputs, outputs = self._of_both_uses() if self.shape.two_uses else (self.input_sums, self.output_sums)
+            of_inputs = self.shape.unit or self.shape.exchanged
+            squares = [self.input_sums if of_inputs else self.output_sums]
+            for sums in [self.input_sums, self.output_sums] if self.paired else squares:
+                sums.mul_(torch.where(take > 0, output_scale, 0))
+        inputs, outputs = self._factors(take)
         for average, total in (
             (self.inputs, inputs),
             (self.outputs, outputs),
@@ -66,6 +76,32 @@ class Stack:
         ):
             lerp_rows(average, total, take, self.begun, self.called)
         self.begin()
+
+    def probes(self, row: int | None = None) -> tuple[Tensor | None, Tensor | None]:
+        """U and V of one layer, or of all: (layers, blocks, s, s); None stands for I."""
+        if self.approximate != "kpsvd":
+            return None, None
+        rows = slice(None) if row is None else slice(row, row + 1)
+        return (
+            probe(self.inputs[rows], self.weight[rows], self.shape.input_width),
+            probe(self.outputs[rows], self.weight[rows], self.shape.outputs),
+        )
+
+    def finite(self, output_scale: Tensor | None) -> Tensor | bool:
+        """Whether the sums of pairs are, times ``output_scale``, without a synchronisation: products may overflow."""
+        rows = [i for i, begun in enumerate(self.begun) if begun or self.called is not None] if self.paired else []
+        sums = [total[i].abs().amax() for total in (self.input_sums, self.output_sums) for i in rows]
+        if not sums:
+            return True
+        largest = torch.stack(sums)
+        return (largest if output_scale is None else (largest * output_scale).to(largest)).isfinite().all()
+
+    def _factors(self, take: Tensor) -> tuple[Tensor, Tensor]:
+        """A and B of this batch."""
+        if self.paired:
+            a, b = product_of(self.shape, self.input_sums, self.output_sums, self.probes()[0])
+            return torch.where(take > 0, a, 0), torch.where(take > 0, b, 0)  # sums that are refused may be no numbers
+        return self._of_both_uses() if self.shape.two_uses else (self.input_sums, self.output_sums)
 
     def _of_both_uses(self) -> tuple[Tensor, Tensor]:
         """A and B, from the sums of two uses."""

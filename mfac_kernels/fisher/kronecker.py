@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from mfac_kernels import ops
-from mfac_kernels.fisher._checks import index, positive_float
+from mfac_kernels.fisher._checks import index, one_of, positive_float
 from mfac_kernels.fisher._inverses import Eigenbases, FactoredInverses, Inverses, smallest_eigenvectors
 from mfac_kernels.fisher._layout import KroneckerShape, Lags, gather, spread
+from mfac_kernels.fisher._pairs import APPROXIMATE, Approximate, Pairs, add_pairs
 from mfac_kernels.fisher._stack import Stack
 from mfac_kernels.fisher._state import check_entries, check_like, copy_into
 
-__all__ = ["KroneckerFisher", "KroneckerShape", "Lags"]
+__all__ = ["Approximate", "KroneckerFisher", "KroneckerShape", "Lags", "Pairs"]
 
 Write = Callable[[Tensor, float], object]
 """write(sum, beta): sum <- beta sum + what is added. ``ops.linear_factor_`` and its kin do just that."""
@@ -47,6 +48,8 @@ class KroneckerFisher:
         pi_correction: pi = (tr A / dim A) / (tr B / dim B) (Martens, Grosse 2015, section 6.3), else 1.
         eigen_correction: with ``"exact"``, eigenvalues are re-estimated by :meth:`add_moments` (EKFAC) from one
             :meth:`refresh` to the next, from those of B (x) A on.
+        approximate: ``"kfac"``: A and B are averages of their own. ``"tkfac"``, ``"kpsvd"``: of pairs of rows, by
+            :meth:`add_pairs` (see :mod:`mfac_kernels.fisher._pairs`); no ``lags`` and no ``two_uses``.
         dtype: of the factors, float32 or float64.
         device: of the factors.
 
@@ -62,6 +65,7 @@ class KroneckerFisher:
         style: Literal["factored", "exact"] = "factored",
         pi_correction: bool = True,
         eigen_correction: bool = False,
+        approximate: Approximate = "kfac",
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
@@ -73,14 +77,19 @@ class KroneckerFisher:
             raise ValueError(f'eigen_correction: expected style "exact", got {style!r}')
         if not 0 <= factor_decay < 1:
             raise ValueError(f"factor_decay: expected a number in [0, 1), got {factor_decay}")
+        one_of("approximate", approximate, APPROXIMATE)
         self.shapes = tuple(shapes)
+        for layer, shape in enumerate(self.shapes):
+            if approximate != "kfac" and (shape.lags or shape.two_uses):
+                raise ValueError(f'shapes[{layer}]: expected no lags or two_uses with approximate "{approximate}"')
+        self.approximate = approximate
         self.damping = positive_float("damping", damping)
         self.factor_decay = factor_decay
         self.dtype = dtype
         members: dict[KroneckerShape, list[int]] = {}
         for layer, shape in enumerate(self.shapes):
             members.setdefault(shape, []).append(layer)
-        self._stacks = [Stack(shape, layers, dtype, device) for shape, layers in members.items()]
+        self._stacks = [Stack(shape, layers, dtype, device, approximate) for shape, layers in members.items()]
         self._place = {layer: (stack, row) for stack in self._stacks for row, layer in enumerate(stack.layers)}
         self.refused = torch.zeros(1, dtype=torch.int32, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # batches accepted, refused
@@ -109,6 +118,10 @@ class KroneckerFisher:
     def accumulate(self, layer: int, inputs: Tensor, gradients: Tensor, positions: int = 1) -> None:
         """Add rows of one layer, (n * positions, inputs) and (n * positions, outputs): A / n, and B / (n positions)."""
         shape, rows = self.shapes[layer], len(inputs)
+        if self.paired(layer):
+            inputs = torch.nn.functional.pad(inputs, (0, 1), value=1.0) if shape.bias else inputs
+            self.add_pairs(layer, inputs[None], gradients[None], positions / rows)
+            return
         self.add_inputs(
             layer,
             lambda total, beta: ops.linear_factor_(
@@ -132,7 +145,23 @@ class KroneckerFisher:
         """
         if not isinstance(self._inverses, Eigenbases):
             raise TypeError('add_moments: expected a KroneckerFisher with style "exact"')
-        self._inverses.add_moments(*self._at(layer), inputs, gradients, alpha, weights)
+        self._inverses.add_moments(*self._at(layer), Pairs(inputs, gradients, alpha, weights))
+
+    def paired(self, layer: int) -> bool:
+        """Whether a layer's factors are of pairs of rows. Those of a ``unit`` are not: it has its block."""
+        return self._at(layer)[0].paired
+
+    def add_pairs(
+        self, layer: int, inputs: Tensor, gradients: Tensor, alpha: float, weights: Tensor | None = None
+    ) -> None:
+        """Rows of one layer as for :meth:`add_moments`: M gains alpha times the sum of w g g^T (x) a a^T.
+
+        Of M, which is never formed, this batch's sums gain A' and B' of ``approximate``.
+        """
+        stack, row = self._at(layer)
+        if not stack.paired:
+            raise TypeError('add_pairs: expected a KroneckerFisher with approximate "tkfac" or "kpsvd", and no unit')
+        add_pairs(stack, row, Pairs(inputs, gradients, alpha, weights), self.refused)
 
     @torch.no_grad()
     def update(self, output_scale: Tensor | None = None) -> None:
@@ -144,6 +173,8 @@ class KroneckerFisher:
         """
         has_sums = self._has_sums()
         accepted = (self.refused[0] == 0) & self._inverses.finite(output_scale)
+        for stack in self._stacks:
+            accepted = accepted & stack.finite(output_scale)
         if output_scale is not None:
             accepted = accepted & output_scale.isfinite()
         take = (1 - self.factor_decay) * accepted.double()

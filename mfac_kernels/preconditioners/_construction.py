@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 
+from mfac_kernels.fisher._checks import one_of
+from mfac_kernels.fisher._pairs import APPROXIMATE
 from mfac_kernels.preconditioners._gathering import is_gathered
 from mfac_kernels.preconditioners.layers.base import Layer
 from mfac_kernels.preconditioners.layers.find import ASKED
@@ -28,4 +30,15 @@ def check_layers(layers: Sequence[Layer], skipped: Mapping[str, str]) -> None:
             f"KFAC: another one is made for {twice}: both precondition its gradient unless remove_hooks() of the "
             "first is called and its step() no longer",
             stacklevel=3,
+        )
+
+
+def check_approximate(approximate: str, layers: Sequence[Layer]) -> None:
+    """ValueError: no such way, or one that a layer has not."""
+    one_of("approximate", approximate, APPROXIMATE)
+    tied = next((layer.title for layer in layers if layer.shape.two_uses), None)
+    if approximate != "kfac" and tied is not None:
+        raise ValueError(
+            f'approximate: expected "kfac" with a weight that is used both ways, {tied}, or skip_layers with its name, '
+            f'got "{approximate}"'
         )

@@ -190,7 +190,8 @@ class Gatherer:
         block = layer.shape.unit
         corrected = fisher.eigen_correction and not block
         assert record.x is not None
-        x = layer.features(self._in_dtype(record.x.get())) if first or block or corrected else None
+        paired = fisher.paired(i)
+        x = layer.features(self._in_dtype(record.x.get())) if first or block or corrected or paired else None
         if block:
             assert x is not None
             by_position = self.counting.by_position
@@ -199,13 +200,18 @@ class Gatherer:
             )
             fisher.add_outputs(i, lambda total, beta: total.fill_(1.0))
             return
+        if paired or corrected:
+            assert x is not None
+            pairs = layer.pairs(x, gradient, way.both(1.0, scale))
+            if corrected:
+                fisher.add_moments(i, *pairs)
+            if paired:
+                fisher.add_pairs(i, *pairs)
+                return
         if first:
             assert x is not None
             alpha = size.weight / self.counting.accumulation_steps
             fisher.add_inputs(i, lambda total, beta: layer.add_inputs(total, x, way.inputs(beta, alpha)))
-        if corrected:
-            assert x is not None
-            layer.add_moments(fisher, i, x, gradient, way.both(1.0, scale))
         positions = home.positions[layer]
         if home is self._newest[i] or i not in self._earlier:
             rescale = before / positions if first else 1.0
@@ -220,7 +226,7 @@ class Gatherer:
         self._count[i] += 1
         self._newest[i] = current
         shape = self._layers[i].shape
-        if shape.unit:
+        if shape.unit or self.fisher.paired(i):  # all passes share a sum
             return
 
         def clear(total: Tensor, beta: float) -> None:

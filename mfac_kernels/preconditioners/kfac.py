@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -11,23 +10,23 @@ from torch import Tensor, nn
 
 from mfac_kernels.fisher._checks import one_of, positive_int
 from mfac_kernels.fisher._state import check_entries
-from mfac_kernels.fisher.kronecker import KroneckerFisher
-from mfac_kernels.preconditioners._construction import check_layers
+from mfac_kernels.fisher.kronecker import Approximate, KroneckerFisher
+from mfac_kernels.preconditioners._construction import check_approximate, check_layers
 from mfac_kernels.preconditioners._coverage import Coverage
 from mfac_kernels.preconditioners._covered import Covered, covered
 from mfac_kernels.preconditioners._distributed import ProcessGroup, Ranks
+from mfac_kernels.preconditioners._gathered import GatheringPreconditioner
 from mfac_kernels.preconditioners._gathering import Gatherer
 from mfac_kernels.preconditioners._memory import check_memory
 from mfac_kernels.preconditioners._sizes import Counting, Gather, LossAverage
-from mfac_kernels.preconditioners._valid import Valid
-from mfac_kernels.preconditioners.base import Hyperparameter, Preconditioner, own_gradients
+from mfac_kernels.preconditioners.base import Hyperparameter, own_gradients
 from mfac_kernels.preconditioners.layers.base import Approximation, Layer, Normalization, Options, Spatial
 from mfac_kernels.preconditioners.layers.find import Names, find_layers
 from mfac_kernels.preconditioners.layers.forms import Form, blocks_by_name
 from mfac_kernels.preconditioners.layers.kinds import register
 
 
-class KFAC(Preconditioner):
+class KFAC(GatheringPreconditioner):
     """Replaces the gradients of a model's layers by (B + ..)^-1 dW (A + ..)^-1 with Kronecker factors of their Fisher
     blocks.
 
@@ -77,6 +76,10 @@ class KFAC(Preconditioner):
         input, output: the form of A, of B, by patterns (``fnmatch``) of the names of modules, the first that fits, in
             place of ``group_size``: ``"diagonal"``, a block size, or None for dense.
         approximation: ``"expand"`` or ``"reduce"``.
+        approximate: ``"kfac"``; ``"tkfac"``, ``"kpsvd"``: the product B (x) A that has the partial traces of the block
+            (1/N) sum g g^T (x) a a^T, or that is nearest to it in the Frobenius norm, found by a power iteration a
+            batch (:mod:`mfac_kernels.fisher._pairs`). Both form a convolution's patches. Not with a weight that is both
+            an embedding's and a head's; blocks of normalization layers are exact with all three.
         fisher_type: ``"empirical"``: B from the gradients of the loss. ``"mc"``: from those of labels drawn from the
             model: run their backward pass inside :meth:`sampling`.
         pi_correction: divide the damping between A and B by their mean eigenvalues; else evenly.
@@ -105,7 +108,7 @@ class KFAC(Preconditioner):
     damping, factor_decay, kl_clip and lr may be functions of the step.
 
     Sources: Martens, Grosse, ICML 2015; Grosse, Martens, ICML 2016; Laurent et al., ICLR workshop 2018; Eschenhagen et
-    al., NeurIPS 2023.
+    al., NeurIPS 2023; Gao et al., AAAI 2021 (TKFAC); Koroko et al., 2022 (KPSVD).
 
     Raises:
         TypeError, ValueError: an argument outside these ranges; no layer, one too large, or layers on several devices.
@@ -128,6 +131,7 @@ class KFAC(Preconditioner):
         input: Mapping[str, Form] | None = None,
         output: Mapping[str, Form] | None = None,
         approximation: Approximation = "expand",
+        approximate: Approximate = "kfac",
         fisher_type: Literal["empirical", "mc"] = "empirical",
         pi_correction: bool = True,
         damping_style: Literal["factored", "exact"] = "factored",
@@ -163,10 +167,12 @@ class KFAC(Preconditioner):
         if loss_average == "positions":
             approximation = "expand"  # of samples that have one position each, both are the same
         inputs, outputs = blocks_by_name("input", input, model), blocks_by_name("output", output, model)
+        masked = masked or approximate != "kfac"  # A is not kept in compressed form
         options = Options(spatial, approximation, input_block, output_block, masked, normalization, inputs, outputs)
         names = Names(None if include is None else tuple(include), tuple(skip_layers))
         self._layers, self.skipped_layers = find_layers(model, options, names)
         check_layers(self._layers, self.skipped_layers)
+        check_approximate(approximate, self._layers)
         dtype = torch.float64 if any(q.weight.dtype == torch.float64 for q in self._layers) else torch.float32
         moments = 1 + eigen_correction if damping_style == "exact" else 0
         check_memory(self._layers, dtype.itemsize, moments, max_layer_bytes)
@@ -189,6 +195,7 @@ class KFAC(Preconditioner):
             style=damping_style,
             pi_correction=pi_correction,
             eigen_correction=eigen_correction,
+            approximate=approximate,
             dtype=dtype,
             device=self._layers[0].weight.device,
         )
@@ -236,76 +243,6 @@ class KFAC(Preconditioner):
     @property
     def _factors_due(self) -> bool:
         return self.steps % self.factor_update_steps == 0
-
-    @property
-    def batch_size(self) -> int | None:
-        """As the argument; may be set before each batch."""
-        return self._gatherer.counting.batch_size
-
-    @batch_size.setter
-    def batch_size(self, size: int | None) -> None:
-        self._gatherer.counting.batch_size = None if size is None else positive_int("batch_size", size)
-
-    @property
-    def accumulation_steps(self) -> int:
-        """As the argument; may be set between steps."""
-        return self._gatherer.counting.accumulation_steps
-
-    @accumulation_steps.setter
-    def accumulation_steps(self, steps: int) -> None:
-        self._gatherer.counting.accumulation_steps = positive_int("accumulation_steps", steps)
-
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Backward passes inside are those of labels drawn from the model: they leave ``.grad`` as it was.
-
-        logits = model(x)
-        with preconditioner.sampling():
-            labels = torch.distributions.Categorical(logits=logits.detach()).sample()
-            cross_entropy(logits, labels).backward(retain_graph=True)
-        cross_entropy(logits, y).backward()
-
-        They give both factors. Of several through one forward pass A enters with the first, B with each.
-        """
-        parameters = list(self._model.parameters())
-        gradients = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        self._gatherer.sampling = True
-        try:
-            yield
-        finally:
-            self._gatherer.sampling = False
-            for p, gradient in zip(parameters, gradients, strict=True):
-                p.grad = gradient
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Forward and backward passes inside give no factors: probes, penalties, the second pass of SAM."""
-        self._gatherer.paused += 1
-        self._gatherer.idle = False
-        try:
-            yield
-        finally:
-            self._gatherer.paused -= 1
-
-    def valid(self, mask: Tensor) -> None:
-        """The positions that count of the batch whose forward pass follows; until the next call or :meth:`step`.
-
-        mask: bool (samples, positions), False for padding and for targets that are ignored. Rows of both factors at
-        other positions are left out, and the numbers of positions (of samples, with ``loss_average="positions"``) are
-        those of valid ones. Layers with one position for each sample are not masked. A batch without a valid position
-        changes nothing; where the mask is not on the CPU it is counted as skipped.
-
-        Raises:
-            TypeError, ValueError: not such a mask; in the forward pass, a layer with other positions, or a convolution
-                of stride 1 without ``masked=True``.
-        """
-        self._gatherer.valid = Valid(mask, self.fisher.refused.device)
-
-    def remove_hooks(self) -> None:
-        """Detach from the model: it holds nothing of this preconditioner any more."""
-        self._gatherer.remove()
 
     # ---- the step --------------------------------------------------------------------------------------------------
 

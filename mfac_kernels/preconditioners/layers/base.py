@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from mfac_kernels.fisher.jacobian import LayerMap
-from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.fisher.kronecker import KroneckerShape, Pairs
 from mfac_kernels.preconditioners.layers.forms import block_of
 
 Spatial = Literal["full", "sua"]
@@ -194,8 +194,8 @@ class Layer(ABC):
         """To the sum over output gradients."""
         raise NotImplementedError
 
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
-        """For the eigenvalue correction; ``how.beta`` is not read."""
+    def pairs(self, x: Tensor, gradient: Tensor, how: Add) -> Pairs:
+        """Rows of A and of B that belong together, for what is no product of their averages; ``beta`` is not read."""
         raise NotImplementedError
 
     def add_block(self, total: Tensor, x: Tensor, gradient: Tensor, by_position: bool, how: Add) -> None:

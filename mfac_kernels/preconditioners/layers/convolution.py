@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mfac_kernels import ops
 from mfac_kernels.fisher._convolution import factor_op, input_factor_
-from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape, Lags
+from mfac_kernels.fisher.kronecker import KroneckerShape, Lags, Pairs
 from mfac_kernels.ops import _conv_cost
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
 from mfac_kernels.preconditioners.layers.maps import ConvolutionMap
@@ -123,10 +123,10 @@ class ConvLayer(Layer):
             check_finite=how.refused,
         )
 
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+    def pairs(self, x: Tensor, gradient: Tensor, how: Add) -> Pairs:
         a, _ = self._reduced(self._patches(x).flatten(3), how, "sum")
         g, weights = self._reduced(self._pixels(gradient), how, "mean")
-        fisher.add_moments(layer, a, g, how.alpha, None if weights is None else weights[:, None])
+        return Pairs(a, g, how.alpha, None if weights is None else weights[:, None])
 
     def linear_map(self) -> ConvolutionMap:
         module = self.module

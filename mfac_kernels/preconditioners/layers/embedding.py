@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mfac_kernels import ops
-from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.fisher.kronecker import KroneckerShape, Pairs
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, accumulated
 from mfac_kernels.preconditioners.layers.maps import EmbeddingMap
 from mfac_kernels.preconditioners.layers.rows import add_rows
@@ -59,9 +59,9 @@ class EmbeddingLayer(Layer):
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
         add_rows(total, gradient, how, how.weights(gradient))
 
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+    def pairs(self, x: Tensor, gradient: Tensor, how: Add) -> Pairs:
         weights = self.row_weights(x, gradient, how)
-        fisher.add_moments(layer, x.flatten(), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights[:, None])
+        return Pairs(x.flatten(), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights[:, None])
 
     def row_weights(self, x: Tensor, gradient: Tensor, how: Add) -> Tensor:
         """(n,), of products of an index with a gradient."""

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.fisher.kronecker import KroneckerShape, Pairs
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
 from mfac_kernels.preconditioners.layers.maps import LinearMap
 from mfac_kernels.preconditioners.layers.rows import add_rows
@@ -60,7 +60,7 @@ class LinearLayer(Layer):
             weights = how.weights(gradient)
         add_rows(total, gradient, replace(how, alpha=alpha), weights)
 
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+    def pairs(self, x: Tensor, gradient: Tensor, how: Add) -> Pairs:
         a = F.pad(x, (0, 1), value=1.0) if self.shape.bias else x
         weights = how.factor
         if self._reduces(x):
@@ -72,9 +72,7 @@ class LinearLayer(Layer):
                 a = mean * count[:, None]
         elif (each := how.weights(gradient)) is not None:
             weights = each.reshape(-1, 1)
-        fisher.add_moments(
-            layer, a.reshape(1, -1, a.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights
-        )
+        return Pairs(a.reshape(1, -1, a.shape[-1]), gradient.reshape(1, -1, gradient.shape[-1]), how.alpha, weights)
 
     def linear_map(self) -> LinearMap:
         return LinearMap(self.shape.outputs, self.shape.inputs, self.shape.bias)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.fisher.kronecker import KroneckerShape, Pairs
 from mfac_kernels.preconditioners.layers.base import Add, Handle, Hook, Layer, Options
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 from mfac_kernels.preconditioners.layers.forms import block_of
@@ -118,12 +118,12 @@ class _EmbeddingUse(EmbeddingLayer):
     def add_outputs(self, total: Tensor, gradient: Tensor, how: Add) -> None:
         super().add_outputs(_of_width(total, self.shape), self._with_bias(gradient), how)
 
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+    def pairs(self, x: Tensor, gradient: Tensor, how: Add) -> Pairs:
         indices, rows = x.flatten(), self._with_bias(gradient).flatten(0, -2)[None]
         weights = self.row_weights(x, gradient, how)[:, None]
         if self.shape.output_block != 1:
             indices = F.one_hot(indices, self.shape.outputs).to(rows.dtype)[None]
-        fisher.add_moments(layer, rows, indices, how.alpha, weights)
+        return Pairs(rows, indices, how.alpha, weights)
 
     def _with_bias(self, gradient: Tensor) -> Tensor:
         return F.pad(gradient, (0, 1)) if self.shape.bias else gradient

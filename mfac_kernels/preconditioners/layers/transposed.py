@@ -10,7 +10,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from mfac_kernels.fisher._convolution import TransposedConvolution
-from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.fisher.kronecker import KroneckerShape, Pairs
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options
 from mfac_kernels.preconditioners.layers.bias import BiasLayer
 from mfac_kernels.preconditioners.layers.convolution import ConvLayer
@@ -67,10 +67,10 @@ class ConvTransposeLayer(ConvLayer):
             how = replace(how, alpha=how.alpha / self._patches(gradient[:1]).shape[2])
         self._add_patches(total, gradient, how)
 
-    def add_moments(self, fisher: KroneckerFisher, layer: int, x: Tensor, gradient: Tensor, how: Add) -> None:
+    def pairs(self, x: Tensor, gradient: Tensor, how: Add) -> Pairs:
         a, _ = self._reduced(self._patches(gradient).flatten(3), how, "mean")
         g, _ = self._reduced(self._pixels(x), how, "sum")
-        fisher.add_moments(layer, a, g, how.alpha)
+        return Pairs(a, g, how.alpha)
 
     def linear_map(self) -> ConvolutionMap:
         module = self.module
