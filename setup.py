@@ -167,7 +167,7 @@ ops = Extension(
     "mfac_kernels._ops",
     ops_sources(cuda is not None, simt),
     language="c++",
-    include_dirs=[str(ROOT / "csrc")],
+    include_dirs=[str(ROOT / "csrc"), str(ROOT / "mfac_kernels" / "include")],
     define_macros=[
         *record,
         ("TORCH_TARGET_VERSION", "0x020a000000000000"),

@@ -5,7 +5,7 @@ torch optimizer. ops: the kernels themselves. build_info, cpu_capability: what w
 """
 
 from mfac_kernels import ops, pruning
-from mfac_kernels._library import build_info, cpu_capability
+from mfac_kernels._library import build_info, cpu_capability, get_include, get_library
 from mfac_kernels.fisher.jacobian import JacobianProduct
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
 from mfac_kernels.fisher.static import StaticFisher
@@ -31,6 +31,8 @@ __all__ = [
     "__version__",
     "build_info",
     "cpu_capability",
+    "get_include",
+    "get_library",
     "layers",
     "ops",
     "pruning",

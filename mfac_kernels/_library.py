@@ -68,6 +68,19 @@ _RECORD = _load_record()
 _load_ops(_RECORD)
 
 
+def get_include() -> str:
+    """The folder of ``mfac_kernels.h``, the C interface to the CPU kernels: for a compiler's ``-I``.
+
+    It is versioned and knows neither torch nor Python; examples/c_interface.c is a library on it.
+    """
+    return str(_HERE / "include")
+
+
+def get_library() -> str:
+    """The file that has the functions of ``mfac_kernels.h``: to link with, or to load once torch is imported."""
+    return str(_HERE / "_ops.so")
+
+
 def build_info() -> dict[str, object]:
     """What the package was built with (``*_built`` and what follows them) and what it runs on.
 

@@ -26,6 +26,8 @@ struct Rows {
         dim(t.size(1)),
         stride(t.stride(0)),
         item(static_cast<int64_t>(t.element_size())) {}
+  Rows(const void* data, DType dtype, int64_t rows, int64_t dim, int64_t stride)
+      : data(static_cast<char*>(const_cast<void*>(data))), dtype(dtype), rows(rows), dim(dim), stride(stride), item(element_size(dtype)) {}
   DeviceRows on_device() const { return {data, dtype, rows, dim, stride}; }
   char* at(int64_t row, int64_t column) const { return data + (row * stride + column) * item; }
 };

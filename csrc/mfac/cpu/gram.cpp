@@ -8,7 +8,7 @@
 #include <memory>
 
 #include "common/cpu/tasks.h"
-#include "mfac/checks.h"
+#include "mfac/cpu/passes.h"
 #include "mfac/cpu/static_kernels.h"
 
 namespace mfac_kernels {
@@ -48,13 +48,13 @@ void reduce_symmetric(const double* partial, int64_t segments, int64_t m, double
   });
 }
 
-Tensor gram_of_blocks(const Tensor& tensor, const Rows& g, int64_t block_size, bool double_precision) {
+}  // namespace
+
+void gram_blocks(const Rows& g, int64_t block_size, bool double_precision, double* out) {
   const int64_t m = g.rows;
   const StaticKernels& kernels = static_kernels(g.dtype);
   const auto gram_block = double_precision ? kernels.gram_block_in_double : kernels.gram_block;
   const GramTasks tasks(g, block_size);
-  Tensor result = torch::stable::new_empty(tensor, {tasks.blocks, m, m}, ScalarType::Double);
-  double* out = static_cast<double*>(result.mutable_data_ptr());
   const auto partial = std::make_unique_for_overwrite<double[]>(tasks.segments > 1 ? tasks.blocks * tasks.segments * m * m : 0);
   double* sums = tasks.segments > 1 ? partial.get() : out;
   for_each_task(tasks.count, [&](int64_t t) {
@@ -69,6 +69,13 @@ Tensor gram_of_blocks(const Tensor& tensor, const Rows& g, int64_t block_size, b
     gram_block(a, a_rows, b, b_rows, g.stride, to - from, sum, m, scratch(kGramWork));
   });
   for (int64_t b = 0; b < tasks.blocks; ++b) reduce_symmetric(sums + b * tasks.segments * m * m, tasks.segments, m, out + b * m * m);
+}
+
+namespace {
+
+Tensor gram_of_blocks(const Tensor& tensor, const Rows& g, int64_t block_size, bool double_precision) {
+  Tensor result = torch::stable::new_empty(tensor, {block_count(g.dim, block_size), g.rows, g.rows}, ScalarType::Double);
+  gram_blocks(g, block_size, double_precision, static_cast<double*>(result.mutable_data_ptr()));
   return result;
 }
 

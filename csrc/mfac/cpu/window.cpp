@@ -11,7 +11,7 @@
 
 #include "common/cpu/parallel.h"
 #include "common/cpu/tasks.h"
-#include "mfac/checks.h"
+#include "mfac/cpu/passes.h"
 #include "mfac/cpu/window_kernels.h"
 
 namespace mfac_kernels {
@@ -69,13 +69,10 @@ void widen_chunk(const WindowKernels& kernels, const void* src, int64_t n, doubl
 // Vectors per pass: their chunks, 64 KiB each, fill half of a 2 MiB L2 cache.
 constexpr int64_t kMaxVectors = 16;
 
-Tensor window_dots(const Tensor& window, const Tensor& x, int64_t block_size) {
-  constexpr const char* op = "window_dots";
-  check_window_dots(op, window, x, block_size);
-  const Rows g(op, "window", window), v(op, "x", x);
+}  // namespace
+
+void window_dots(const Rows& g, const Rows& v, int64_t block_size, double* out) {
   const Columns columns(g.dim, block_size);
-  Tensor dots = torch::stable::new_zeros(window, {columns.blocks, v.rows, g.rows}, ScalarType::Double);
-  double* out = static_cast<double*>(dots.mutable_data_ptr());
   const int64_t most = std::min(kMaxVectors, v.rows);
   std::vector<double> partial(columns.blocks * columns.segments * most * g.rows), sums(columns.blocks * most * g.rows);
   for (int64_t first = 0; first < v.rows; first += kMaxVectors) {
@@ -90,6 +87,41 @@ Tensor window_dots(const Tensor& window, const Tensor& x, int64_t block_size) {
     for (int64_t block = 0; block < columns.blocks; ++block)
       std::copy_n(sums.data() + block * n, n, out + (block * v.rows + first) * g.rows);
   }
+}
+
+void window_combine(const Rows& g, const double* coefficients, int64_t block_size, double beta, const std::optional<Rows>& v, double alpha,
+                    const Rows& out) {
+  const Columns columns(g.dim, block_size);
+  const int64_t vectors = out.rows;
+  for (int64_t first = 0; first < vectors; first += kMaxVectors) {
+    const int64_t k = std::min(kMaxVectors, vectors - first);
+    columns.for_each_chunk(g.rows * k, [&](int64_t block, int64_t, int64_t column, int64_t n) {
+      double* y = doubles((k + 1) * kWindowChunk);
+      double* input = y + k * kWindowChunk;
+      std::fill_n(y, k * kWindowChunk, 0.0);
+      kernels_of(g).combine(g.at(0, column), g.stride, g.rows, n, coefficients + (block * vectors + first) * g.rows, k, y);
+      for (int64_t i = 0; i < k; ++i) {
+        double* yi = y + i * kWindowChunk;
+        if (v) {
+          kernels_of(*v).widen(v->at(first + i, column), n, input);
+          for (int64_t j = 0; j < n; ++j) yi[j] = alpha * input[j] + beta * yi[j];
+        } else {
+          for (int64_t j = 0; j < n; ++j) yi[j] *= beta;
+        }
+        kernels_of(out).narrow(yi, n, out.at(first + i, column));
+      }
+    });
+  }
+}
+
+namespace {
+
+Tensor dots_of_window(const Tensor& window, const Tensor& x, int64_t block_size) {
+  constexpr const char* op = "window_dots";
+  check_window_dots(op, window, x, block_size);
+  const Rows g(op, "window", window), v(op, "x", x);
+  Tensor dots = torch::stable::new_zeros(window, {block_count(g.dim, block_size), v.rows, g.rows}, ScalarType::Double);
+  window_dots(g, v, block_size, static_cast<double*>(dots.mutable_data_ptr()));
   return dots;
 }
 
@@ -139,45 +171,23 @@ Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& g
   return dots;
 }
 
-Tensor window_combine(const Tensor& window, const Tensor& coefficients, int64_t block_size, double beta, const std::optional<Tensor>& x,
-                      double alpha, ScalarType dtype) {
+Tensor combination_of_window(const Tensor& window, const Tensor& coefficients, int64_t block_size, double beta,
+                             const std::optional<Tensor>& x, double alpha, ScalarType dtype) {
   constexpr const char* op = "window_combine";
   check_window_combine(op, window, coefficients, block_size, x);
   const Rows g(op, "window", window);
-  const Columns columns(g.dim, block_size);
-  const int64_t vectors = coefficients.size(1);
   const std::optional<Rows> v = x ? std::optional<Rows>(Rows(op, "x", *x)) : std::nullopt;
-  Tensor result = torch::stable::new_empty(window, {vectors, g.dim}, dtype);
-  const Rows out(op, "dtype", result);
-  const auto* weights = static_cast<const double*>(coefficients.const_data_ptr());
-  for (int64_t first = 0; first < vectors; first += kMaxVectors) {
-    const int64_t k = std::min(kMaxVectors, vectors - first);
-    columns.for_each_chunk(g.rows * k, [&](int64_t block, int64_t, int64_t column, int64_t n) {
-      double* y = doubles((k + 1) * kWindowChunk);
-      double* input = y + k * kWindowChunk;
-      std::fill_n(y, k * kWindowChunk, 0.0);
-      kernels_of(g).combine(g.at(0, column), g.stride, g.rows, n, weights + (block * vectors + first) * g.rows, k, y);
-      for (int64_t i = 0; i < k; ++i) {
-        double* yi = y + i * kWindowChunk;
-        if (v) {
-          kernels_of(*v).widen(v->at(first + i, column), n, input);
-          for (int64_t j = 0; j < n; ++j) yi[j] = alpha * input[j] + beta * yi[j];
-        } else {
-          for (int64_t j = 0; j < n; ++j) yi[j] *= beta;
-        }
-        kernels_of(out).narrow(yi, n, out.at(first + i, column));
-      }
-    });
-  }
+  Tensor result = torch::stable::new_empty(window, {coefficients.size(1), g.dim}, dtype);
+  window_combine(g, static_cast<const double*>(coefficients.const_data_ptr()), block_size, beta, v, alpha, Rows(op, "dtype", result));
   return result;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, CPU, m) {
-  m.impl("window_dots", TORCH_BOX(&window_dots));
+  m.impl("window_dots", TORCH_BOX(&dots_of_window));
   m.impl("window_insert_", TORCH_BOX(&window_insert_));
-  m.impl("window_combine", TORCH_BOX(&window_combine));
+  m.impl("window_combine", TORCH_BOX(&combination_of_window));
 }
 
 }  // namespace mfac_kernels
