@@ -178,7 +178,7 @@ class FisherWindow:
         self.check_state_dict(state_dict)
         self._damping = float(state_dict["damping"])
         copy_into(self._tensors(), state_dict)
-        self._most_seen = self.seen
+        self._most_seen = self.seen + self.refused  # refusals count: the same rows are read, in the same order
         self._raised_refusals = self.refused
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -169,7 +169,10 @@ def test_gradients_may_be_rows_of_a_larger_buffer_and_are_not_copied(dtype, bloc
     dense = mk.StaticFisher(g.contiguous(), 0.1, block_size=block_size)
     x = gradients(2, d, seed=1).to(device)
     for got, want in zip(everything(static, x), everything(dense, x), strict=True):
-        assert torch.equal(got, want)
+        if device == "cpu":
+            assert torch.equal(got, want)
+        else:  # torch's products choose their kernels by the strides
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
     static.append(buffer[1, 9 : 9 + d])
     assert static._rows._grads.data_ptr() == g.data_ptr()
     assert (static.count, static.ngrads) == (m + 1, m)

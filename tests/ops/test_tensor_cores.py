@@ -57,13 +57,13 @@ def assert_factor(got: Tensor, want: Tensor, size: Tensor, terms: int) -> None:
     ],
 )
 def test_linear(rows, d, bias, block, dtype, allow_tf32, device):
-    x = random((rows, d + 8), dtype)[:, :d]
-    exact = as_multiplied(x.contiguous(), device)
+    x = random((rows, d + 8), dtype).to(device)[:, :d]  # a copy of a view would have other strides
+    exact = as_multiplied(x.contiguous().cpu(), device)
     want, size = reference.linear_factor(exact, bias=bias), reference.linear_factor(exact.abs(), bias=bias)
     if block:
         want, size = blocks_of(want, block), blocks_of(size, block)
     factor = torch.full(want.shape, float("nan"), device=device)
-    ops.linear_factor_(factor, x.to(device), bias=bias, beta=0.0)
+    ops.linear_factor_(factor, x, bias=bias, beta=0.0)
     assert_factor(factor.cpu(), want, size, rows)
 
 
@@ -92,20 +92,20 @@ CONVS = [
 @pytest.mark.parametrize("conv", CONVS)
 def test_convolution(conv, channels_last, dtype, allow_tf32, device):
     channels, kernel_size, stride, padding, dilation, groups, bias = conv
-    wide = random((2, channels + -channels % 8, 8, 9), dtype)
+    wide = random((2, channels + -channels % 8, 8, 9), dtype).to(device)
     if channels_last:  # rows of channels begin at multiples of 16 bytes, whatever their number
         x = wide.contiguous(memory_format=torch.channels_last)[:, :channels]
-        exact = as_multiplied(x.contiguous(), device)
+        exact = as_multiplied(x.contiguous().cpu(), device)
     else:
         x = wide[:, :channels].contiguous()
         rounded = kernel_size[0] * kernel_size[1] >= 4 and channels // groups % 4 == 0
-        exact = as_multiplied(x, device) if rounded else x
+        exact = as_multiplied(x.cpu(), device) if rounded else x.cpu()
     geometry = {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
     ends = [(p, p) for p in padding]
     want = reference.conv_factor(exact, kernel_size, padding=ends, **geometry)
     size = reference.conv_factor(exact.abs(), kernel_size, padding=ends, **geometry)
     factor = torch.full(want.shape, float("nan"), device=device)
-    ops.conv2d_factor_(factor, x.to(device), kernel_size, padding=padding, beta=0.0, **geometry)
+    ops.conv2d_factor_(factor, x, kernel_size, padding=padding, beta=0.0, **geometry)
     assert_factor(factor.cpu(), want, size, 200)
 
 

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Given
   const int ty = lane / 8 + warp / 2 * 4, tx = lane % 8 + warp % 2 * 8;
   A* const tile_sums = static_cast<A*>(p.sums) + place.index * (kTile * kTile);
   int64_t first = begin;
-  item[0] = place.item;  // by every thread for itself
+  if (thread == 0) item[0] = place.item;
+  __syncthreads();
   do {
     const auto& of_slab = item_of(given, item[0]);
     rows[thread] = patch_row(of_slab.a.patches, first + thread, end);
