@@ -22,6 +22,17 @@ __device__ __forceinline__ double widen(fp16 x) {
 #endif
 }
 
+// Of the float32 that it is exactly
+__device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ uint32_t bits_of_float(bf16 x) { return static_cast<uint32_t>(x.bits) << 16; }
+__device__ __forceinline__ uint32_t bits_of_float(fp16 x) {
+#if defined(__CUDACC__)
+  return __float_as_uint(__half2float(__ushort_as_half(x.bits)));
+#else
+  return __float_as_uint(static_cast<float>(std::bit_cast<_Float16>(x.bits)));
+#endif
+}
+
 __device__ __forceinline__ void narrow(double x, double& out) { out = x; }
 __device__ __forceinline__ void narrow(double x, float& out) { out = static_cast<float>(x); }
 __device__ __forceinline__ void narrow(double x, bf16& out) {

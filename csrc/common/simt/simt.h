@@ -212,6 +212,9 @@ T atomicAdd(T* p, std::type_identity_t<T> value) {
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline double __hiloint2double(int high, int low) {
+  return std::bit_cast<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 | static_cast<unsigned>(low));
+}
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 
 // CUDA's overloads, unqualified

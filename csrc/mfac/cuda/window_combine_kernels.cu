@@ -23,7 +23,7 @@ struct CombineArguments {
 // sum += rows [i, i + kRows) times their coefficients, which are `rows` apart from vector to vector
 template <int kRows, int kVectors, bool kAligned, int kColumns, class T>
 __device__ __forceinline__ void combine_rows(const T* g, int64_t stride, int width, const double* const (&coefficients)[kVectors],
-                                             int64_t i, double (&sum)[kVectors][kColumns]) {
+                                             int64_t i, Lift<T> (&lift)[kColumns], double (&sum)[kVectors][kColumns]) {
   Pack<T, kColumns> pack[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) pack[r] = load_step<kAligned, kColumns>(g + (i + r) * stride, width);
@@ -31,10 +31,10 @@ __device__ __forceinline__ void combine_rows(const T* g, int64_t stride, int wid
   for (int r = 0; r < kRows; ++r) {
     double value[kColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) value[c] = widen(pack[r].values[c]);
+    for (int c = 0; c < kColumns; ++c) value[c] = lift[c](pack[r].values[c]);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const double coefficient = coefficients[v][i + r];
+      const double coefficient = coefficients[v][i + r] * Lift<T>::kScale;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) sum[v][c] += coefficient * value[c];
     }
@@ -48,9 +48,14 @@ __device__ __forceinline__ void combine_warp(const T* g, int64_t stride, int64_t
   constexpr int kRows = WindowTile<T, kVectors>::kRows;
   const int warp = warp_of_thread();
   const int64_t whole = rows / kRows * kRows;
+  Lift<T> lift[kColumns];
   for (int64_t i = warp * kRows; i < whole; i += kWarps * kRows)
-    combine_rows<kRows, kVectors, kAligned>(g, stride, width, coefficients, i, sum);
-  if (whole + warp < rows) combine_rows<1, kVectors, kAligned>(g, stride, width, coefficients, whole + warp, sum);
+    combine_rows<kRows, kVectors, kAligned>(g, stride, width, coefficients, i, lift, sum);
+  if (whole + warp < rows) combine_rows<1, kVectors, kAligned>(g, stride, width, coefficients, whole + warp, lift, sum);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v)
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) sum[v][c] += lift[c].nan_unless_finite();
 }
 
 // blockIdx.x: vectors, innermost, and tiles of columns. Rows are dealt to warps.
@@ -89,6 +94,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) combine_kernel(const Combin
     if (first_vector + v >= a.out.rows || column >= width) continue;
     double y = 0;
     for (int w = 0; w < kWarps; ++w) y += sums[(w * kVectors + v) * Tile::kStep + position_of<Tile::kColumns>(column, aligned)];
+    y *= Lift<T>::kScale;
     y *= a.beta;
     if (a.x.data) y += a.alpha * load_as(a.x.dtype, a.x.data, (first_vector + v) * a.x.stride + first_column + column);
     store_as(a.out.dtype, y, a.out.data, (first_vector + v) * a.out.stride + first_column + column);

@@ -3,11 +3,11 @@
 //   D[v, i] = sum_j G[i, j] X[v, j]     (k, m)
 //
 // Floor: m d sizeof(T) bytes of G read once; X and the partial sums are 1/m and less of it. On an H200 (4.3 TB/s copied, 132
-// SMs) m = 1024, d = 25.6 M takes 24 ms a pass in float32, 12 ms in 16 bits. Arithmetic is float64: 1 multiply-add and 1 conversion per
-// element and k multiply-adds in all. An SM receives 19 bytes a clock, 5 float32 or 10 16-bit elements, and does 64 multiply-adds and 16
-// conversions: a third or two thirds of the conversions, so memory is the bound for k <= 4. Beyond that the vectors are taken by fours,
-// whose blocks run side by side and find G in L2: bound by float64 from k = 8 or so. Expected: 85-90 % of the copy bandwidth for k <= 4.
-// GPUs with 2 float64 operations a clock (compute capability 8.6, 8.9, 12.0) are bound by these, at a few per cent of their bandwidth.
+// SMs) m = 1024, d = 25.6 M takes 24 ms a pass in float32, 12 ms in 16 bits. Arithmetic is float64: k multiply-adds an element, and 5
+// operations on its bits in place of a conversion (Lift). An SM receives 19 bytes a clock, 5 float32 or 10 16-bit elements, and does 64 of
+// either: memory is the bound for k <= 4. Beyond that the vectors are taken by fours, whose blocks run side by side and find G in L2: bound
+// by float64 from k = 8 or so. Expected: 85-90 % of the copy bandwidth for k <= 4. GPUs with 2 float64 operations a clock (compute
+// capability 8.6, 8.9, 12.0) are bound by these, at a few per cent of their bandwidth.
 //
 // What makes it fast: 16-byte loads, one per row for several rows before the first is used (2 blocks x 256 threads x 4 rows x 16 bytes
 // = 32 KB in flight on an SM, where 25 KB cover the latency); rows belong to warps, so nothing waits at a barrier while G streams; X's
@@ -38,6 +38,7 @@ __device__ __forceinline__ void dot_rows(const T* const (&rows)[WindowTile<T, kV
                                          double (&sum)[WindowTile<T, kVectors>::kRows * kVectors]) {
   using Tile = WindowTile<T, kVectors>;
   const int lane = lane_of_thread();
+  Lift<T> lift[Tile::kRows];
 #pragma unroll 1  // the loads of one step are enough in flight, those of two do not fit the registers
   for (int step = 0; step < width; step += kWarpSize * kColumns) {
     Pack<T, kColumns> g[Tile::kRows];
@@ -50,12 +51,16 @@ __device__ __forceinline__ void dot_rows(const T* const (&rows)[WindowTile<T, kV
       for (int v = 0; v < kVectors; ++v) xv[v] = x[v * Tile::kChunk + step + c * kWarpSize + lane];
 #pragma unroll
       for (int r = 0; r < Tile::kRows; ++r) {
-        const double value = widen(g[r].values[c]);
+        const double value = lift[r](g[r].values[c]);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) sum[r * kVectors + v] += value * xv[v];
       }
     }
   }
+#pragma unroll
+  for (int r = 0; r < Tile::kRows; ++r)
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) sum[r * kVectors + v] += lift[r].nan_unless_finite();
 }
 
 // The sum of n numbers, the same in every thread of every block.
@@ -105,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) dots_kernel(const DotsArgum
           value = widen(rounded);
           if (inside && blockIdx.y == 0) g[slot * a.window.stride + start + column] = rounded;
         }
-        x[v * Tile::kChunk + position_of<Tile::kColumns>(column, aligned)] = value;
+        x[v * Tile::kChunk + position_of<Tile::kColumns>(column, aligned)] = value * Lift<T>::kScale;
       }
     }
     __syncthreads();
@@ -120,7 +125,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) dots_kernel(const DotsArgum
         dot_rows<T, kVectors, true, Tile::kColumns>(row, width, x, sum);
       else
         dot_rows<T, kVectors, false, 2>(row, width, x, sum);
-      const double total = warp_sums(sum);
+      const double total = warp_sums(sum) * Lift<T>::kScale;
       const int r = lane / kVectors, v = lane % kVectors;
       if (r < Tile::kRows && i + r < rows && first_vector + v < a.x.rows) {
         const int64_t output = (block * a.x.rows + first_vector + v) * a.window.rows + row_of(i + r);
