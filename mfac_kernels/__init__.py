@@ -8,6 +8,7 @@ from mfac_kernels import ops, pruning
 from mfac_kernels._library import build_info, cpu_capability, get_include, get_library
 from mfac_kernels.fisher.jacobian import JacobianProduct
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
+from mfac_kernels.fisher.kronecker_sum import KroneckerSum, nearest_kronecker_sum
 from mfac_kernels.fisher.static import StaticFisher
 from mfac_kernels.fisher.window import FisherWindow
 from mfac_kernels.preconditioners import layers
@@ -26,6 +27,7 @@ __all__ = [
     "JacobianProduct",
     "KroneckerFisher",
     "KroneckerShape",
+    "KroneckerSum",
     "StaticFisher",
     "TwoLevelKFAC",
     "__version__",
@@ -34,6 +36,7 @@ __all__ = [
     "get_include",
     "get_library",
     "layers",
+    "nearest_kronecker_sum",
     "ops",
     "pruning",
 ]
