@@ -17,9 +17,9 @@ products with both probes are preserved.
 The scale of the probes cancels. All is linear in the rows, so calls, passes and ranks add up. A and B get the same mean
 eigenvalue before they enter their averages.
 
-Sources: Gao et al., "A trace-restricted Kronecker-factored approximation to natural gradient", AAAI 2021, equations 3.5
-and 3.6; Van Loan, Pitsianis, "Approximation with Kronecker products", 1993; Koroko et al., "Efficient approximations of
-the Fisher matrix in neural networks using Kronecker product singular value decomposition", 2022, algorithm 1.
+Sources: Gao et al., "A trace-restricted Kronecker-factored approximation to natural gradient", AAAI 2021; Van Loan,
+Pitsianis, "Approximation with Kronecker products", 1993; Koroko et al., "Efficient approximations of the Fisher matrix in
+neural networks using Kronecker product singular value decomposition", 2022.
 """
 
 from __future__ import annotations

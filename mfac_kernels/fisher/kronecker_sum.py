@@ -30,9 +30,8 @@ class KroneckerSum:
         damping: >= 0, of the first product: F >= damping I if the second is positive semidefinite.
         floor: what lies below it in :attr:`values` is raised to it, as rounding and deflation may ask for; None: not.
 
-    Source: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015,
-    appendix B; Dangel et al., "Kronecker-factored approximate curvature for physics-informed neural networks", NeurIPS
-    2024, section 3.3.
+    Sources: Martens, Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", ICML 2015;
+    Dangel et al., "Kronecker-factored approximate curvature for physics-informed neural networks", NeurIPS 2024.
 
     Raises:
         ValueError: shapes that do not fit, a damping or floor out of range.
@@ -102,7 +101,7 @@ def nearest_kronecker_sum(
         iterations: the error falls with the square of the ratio of two singular values in each.
 
     Source: Koroko et al., "Efficient approximations of the Fisher matrix in neural networks using Kronecker product
-    singular value decomposition", 2022, algorithms 1 and 2.
+    singular value decomposition", 2022.
     """
     if inputs.dim() != 2 or gradients.dim() != 2 or len(inputs) != len(gradients):
         raise ValueError(
