@@ -18,8 +18,8 @@ The scale of the probes cancels. All is linear in the rows, so calls, passes and
 eigenvalue before they enter their averages.
 
 Sources: Gao et al., "A trace-restricted Kronecker-factored approximation to natural gradient", AAAI 2021; Van Loan,
-Pitsianis, "Approximation with Kronecker products", 1993; Koroko et al., "Efficient approximations of the Fisher matrix in
-neural networks using Kronecker product singular value decomposition", 2022.
+Pitsianis, "Approximation with Kronecker products", 1993; Koroko et al., "Efficient approximations of the Fisher matrix
+in neural networks using Kronecker product singular value decomposition", 2022.
 """
 
 from __future__ import annotations
