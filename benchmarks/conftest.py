@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from datetime import date
@@ -22,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_timing import Timer, copy_bandwidth
+from provenance import commit
 
 import mfac_kernels as mk
 
@@ -171,8 +171,7 @@ def _machine(config: pytest.Config) -> dict[str, Any]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    machine = {"date": date.today().isoformat(), "commit": commit.stdout.strip(), "cpu": cpu}
+    machine = {"date": date.today().isoformat(), "commit": commit(), "cpu": cpu}
     if _COPY in config.stash:
         machine["gpu"] = torch.cuda.get_device_name()
         machine["copy, GB/s read and written"] = round(config.stash[_COPY] / 1e9)

@@ -13,7 +13,6 @@ import multiprocessing
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -23,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from provenance import commit
 from source_bytes import sources, windows
 from torch import nn
 
@@ -158,10 +158,9 @@ def main() -> None:
     covered = preconditioner.covered()
     print(preconditioner)
     del preconditioner
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     conditions = {
         "date": date.today().isoformat(),
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads; transformers {transformers.__version__}",
         "text": f"sources of Python {platform.python_version()}, as bytes",
         "network": f"GPT2LMHeadModel, {arguments.depth} layers of width {arguments.width}, random weights, no dropout",

@@ -13,7 +13,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import time
 from dataclasses import asdict, dataclass, replace
 from datetime import date
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import commit
 
 import mfac_kernels as mk
 from mfac_kernels.preconditioners._gathering import Gatherer
@@ -135,8 +135,6 @@ def main() -> None:
     clock.watch(Gatherer, "on_backward", "factors")
     clock.watch(mk.KroneckerFisher, "refresh", "inversion")
     clock.watch(mk.KFAC, "step", "step")
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    commit = described.stdout.strip() or "unknown"
     steps = arguments.epochs * (len(data.train_images) // BATCH)
     started = time.perf_counter()
     chosen: dict[str, OptimizerConfig] = {}
@@ -152,7 +150,7 @@ def main() -> None:
             print(f"{name}, seed {seed}: loss {last.final_loss:.3f}, error {1 - last.accuracy:.3f}", flush=True)
     conditions = {
         "date": date.today().isoformat(),
-        "commit": commit,
+        "commit": commit(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "model": f"VGG-11, batch normalization, first width {arguments.width}",

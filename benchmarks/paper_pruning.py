@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import subprocess
 import time
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
 import torch
+from provenance import commit
 
 from mfac_kernels.pruning import prunable
 from mfac_kernels.training import datasets, pruning
@@ -66,11 +66,10 @@ def main() -> None:
     checkpoint = trained(data, arguments) if arguments.checkpoint is None else load_checkpoint(arguments.checkpoint)
     subject = pruning.Subject(checkpoint.model, data, checkpoint.scale, arguments.test_images)
     dense = subject.accuracy(copy.deepcopy(subject.model))
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     plan = parts(arguments)
     conditions: dict[str, object] = {
         "date": date.today().isoformat(),
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "network": arguments.checkpoint.name if arguments.checkpoint else f"ResNet-20, {arguments.train_steps} steps",

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from peak_memory import watch
+from provenance import commit
 from torch import Tensor
 
 import mfac_kernels as mk
@@ -190,10 +191,9 @@ def main() -> None:
             row[contender] = min(runs, key=lambda r: r["seconds"])
             print(d, m, block, contender, row[contender], flush=True)
         rows.append(row)
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     conditions = {
         "date": date.today().isoformat(),
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit(),
         "torch": torch.__version__,
         "threads": arguments.threads,
         "repeats": f"{arguments.repeats} at the smaller d, 1 at the larger; the fastest counts",

@@ -13,7 +13,6 @@ import json
 import math
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from provenance import commit
 from source_bytes import sources, windows
 from torch import Tensor, nn
 
@@ -203,10 +203,9 @@ def main() -> None:
     model = Transformer(arguments.width, arguments.depth, arguments.heads)
     steps = train(model, data, arguments.train_seconds)
     model.eval()
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     conditions: dict[str, object] = {
         "date": date.today().isoformat(),
-        "commit": described.stdout.strip() or "unknown",
+        "commit": commit(),
         "torch": f"{torch.__version__}, {torch.get_num_threads()} threads",
         "text": f"sources of Python {platform.python_version()}: {len(data)} bytes, {len(held_out)} held out",
         "network": f"width {arguments.width}, {arguments.depth} blocks, {arguments.heads} heads, context {CONTEXT}; "

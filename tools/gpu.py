@@ -75,7 +75,12 @@ def phases(results: Path, dry: bool) -> list[Phase]:
     return [
         Phase("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 150, build),
         Phase("tests", [*pytest, *spread, *part, "tests/ops"], 120, devices),
-        Phase("curvature", [*pytest, *part, "tests/fisher", "tests/preconditioners"], 60, devices),
+        Phase(
+            "curvature",
+            [*pytest, *spread, *part, "tests/fisher", "tests/preconditioners", "tests/pruning"],
+            120,
+            devices,
+        ),
         Phase("graphs", [*pytest, "tests/cuda"], 60, devices),
         Phase("benchmarks", [*pytest, "benchmarks", "--device", device, *few, *record], 120),
         *(Phase(tool, [*([] if dry else [*check, tool]), *run_ops], 60, alone) for tool in SANITIZERS),

@@ -52,15 +52,25 @@ void check(bool condition, const Args&... message) {
   throw std::runtime_error(text.string());
 }
 
-// Printed as (2, 3), and only if a check fails.
+// Sizes, printed as (2, 3), and only if a check fails.
+template <class SizeOf>
+Text& print_sizes(Text& text, int64_t count, const SizeOf& size_of) {
+  text << '(';
+  for (int64_t i = 0; i < count; ++i) text << (i ? ", " : "") << size_of(i);
+  return text << (count == 1 ? ",)" : ")");
+}
 struct shape {
   const Tensor& tensor;
   explicit shape(const Tensor& t) : tensor(t) {}
 };
 inline Text& operator<<(Text& text, const shape& of) {
-  text << '(';
-  for (int64_t i = 0; i < of.tensor.dim(); ++i) text << (i ? ", " : "") << of.tensor.size(i);
-  return text << (of.tensor.dim() == 1 ? ",)" : ")");
+  return print_sizes(text, of.tensor.dim(), [&](int64_t i) { return of.tensor.size(i); });
+}
+struct sizes {
+  const std::initializer_list<int64_t>& list;
+};
+inline Text& operator<<(Text& text, const sizes& of) {
+  return print_sizes(text, static_cast<int64_t>(of.list.size()), [&](int64_t i) { return of.list.begin()[i]; });
 }
 
 inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -78,16 +88,6 @@ inline DType dtype_of(const char* op, const char* name, const Tensor& t) {
 inline void check_rows(const char* op, const char* name, const Tensor& t) {
   check(t.dim() == 2, op, ": ", name, ": expected 2 dimensions, got shape ", shape(t));
   check(t.size(1) <= 1 || t.stride(1) == 1, op, ": ", name, ": expected contiguous rows, got stride ", t.stride(1));
-}
-
-// A list of sizes, printed as shape is.
-struct sizes {
-  const std::initializer_list<int64_t>& list;
-};
-inline Text& operator<<(Text& text, const sizes& of) {
-  text << '(';
-  for (auto size = of.list.begin(); size != of.list.end(); ++size) text << (size == of.list.begin() ? "" : ", ") << *size;
-  return text << (of.list.size() == 1 ? ",)" : ")");
 }
 
 inline void check_shape(const char* op, const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {

@@ -14,7 +14,7 @@ from mfac_kernels.reference import kronecker
 from mfac_kernels.reference import lags as reference
 
 cpu_only = pytest.mark.skipif(SIMT, reason="the frequencies are for the CPU alone")
-WAYS = [False] if SIMT else [False, pytest.param(True, marks=pytest.mark.cpu_only)]  # of the argument fft
+WAYS = [False] if SIMT else [False, pytest.param(True, marks=pytest.mark.not_on_cuda)]  # of the argument fft
 
 
 def strided(x: Tensor, seed: int) -> Tensor:

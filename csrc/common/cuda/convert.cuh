@@ -11,26 +11,21 @@
 
 namespace mfac_kernels {
 
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ double widen(float x) { return static_cast<double>(x); }
-__device__ __forceinline__ double widen(bf16 x) { return static_cast<double>(__uint_as_float(static_cast<uint32_t>(x.bits) << 16)); }
-__device__ __forceinline__ double widen(fp16 x) {
+// The float32 that an element is exactly
+__device__ __forceinline__ float float_of(float x) { return x; }
+__device__ __forceinline__ float float_of(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float float_of(fp16 x) {
 #if defined(__CUDACC__)
-  return static_cast<double>(__half2float(__ushort_as_half(x.bits)));
+  return __half2float(__ushort_as_half(x.bits));
 #else
-  return static_cast<double>(std::bit_cast<_Float16>(x.bits));
+  return static_cast<float>(std::bit_cast<_Float16>(x.bits));
 #endif
 }
 
-// Of the float32 that it is exactly
-__device__ __forceinline__ uint32_t bits_of_float(float x) { return __float_as_uint(x); }
-__device__ __forceinline__ uint32_t bits_of_float(bf16 x) { return static_cast<uint32_t>(x.bits) << 16; }
-__device__ __forceinline__ uint32_t bits_of_float(fp16 x) {
-#if defined(__CUDACC__)
-  return __float_as_uint(__half2float(__ushort_as_half(x.bits)));
-#else
-  return __float_as_uint(static_cast<float>(std::bit_cast<_Float16>(x.bits)));
-#endif
+__device__ __forceinline__ double widen(double x) { return x; }
+template <class T>
+__device__ __forceinline__ double widen(T x) {
+  return static_cast<double>(float_of(x));
 }
 
 __device__ __forceinline__ void narrow(double x, double& out) { out = x; }

@@ -46,7 +46,7 @@ using Shared = simt::Shared<T>;
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t bytes, cudaStream_t stream, const Arguments&... arguments) {
-  constexpr size_t kWithoutAsking = 32 << 10;  // 48 KB with the static arrays, which no kernel has more than 16 KB of
+  constexpr size_t kWithoutAsking = 32 << 10;  // 48 KB less the static arrays of kernels that have dynamic ones too
   if (bytes > kWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;

@@ -1,6 +1,6 @@
 // Primal blocks of a Fisher matrix on the device: P_b = G_b^T G_b / count for each block of b columns of gradients G (m, d), in float32, or
-// in float64 for float64 gradients; the lower triangles of (blocks, b, b), and of the upper ones what their
-// tiles have. What makes inverses of them is the batched Cholesky kernels.
+// in float64 for float64 gradients; the lower triangles of (blocks, b, b), and what of the upper ones lies in
+// their tiles. What makes inverses of them is the batched Cholesky kernels.
 //
 // Floor: m (b + 1) d flops, m d elements of G read, b d written. On an H200 (60 TFLOP/s of float32 multiply-adds and of float64 tensor
 // cores alike, 4.3 TB/s copied) an element of a float32 G is read in 0.93 ps and multiplied in b / 60 ps, or 64 / 60 where a tile has 32

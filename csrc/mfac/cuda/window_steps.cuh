@@ -32,7 +32,7 @@ class Lift {
  public:
   static constexpr double kScale = 0x1p448;
   __device__ __forceinline__ double operator()(T value) {
-    const uint32_t bits = bits_of_float(value);
+    const uint32_t bits = __float_as_uint(float_of(value));
     largest_ = max(largest_, bits & 0x7fffffffu);
     return __hiloint2double(static_cast<int32_t>(bits) >> 3 & static_cast<int32_t>(0x8fffffffu), static_cast<int32_t>(bits << 29));
   }
