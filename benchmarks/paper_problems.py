@@ -88,6 +88,7 @@ class Problem:
     loss: str
     published: str = ""
     pixels: int = 1
+    inv_update_steps: int = 1
 
     def loss_of(self, output: Tensor, target: Tensor) -> Tensor:
         return self.likelihood.loss(output, target) / self.pixels
@@ -168,7 +169,8 @@ PROBLEMS: dict[str, Problem] = {
         images=5120,
         batch=512,
         epochs=4,
-        grid_steps=8,
+        grid_steps=20,
+        inv_update_steps=3,
         loss="cross-entropy of a pixel",
         pixels=784,
         published="K-FAC .0683, two-level .0676 to .0684, Adam .0732, SGD .0768",
@@ -181,7 +183,8 @@ PROBLEMS: dict[str, Problem] = {
         images=400,
         batch=200,
         epochs=30,
-        grid_steps=10,
+        grid_steps=20,
+        inv_update_steps=2,
         loss="squared error of a pixel",
         pixels=644,
     ),
@@ -193,7 +196,7 @@ PROBLEMS: dict[str, Problem] = {
         images=5120,
         batch=512,
         epochs=10,
-        grid_steps=20,
+        grid_steps=40,
         loss="cross-entropy",
         published="K-FAC .541, two-level .498 to .519",
     ),
@@ -205,7 +208,8 @@ PROBLEMS: dict[str, Problem] = {
         images=4000,
         batch=100,
         epochs=1,
-        grid_steps=12,
+        grid_steps=20,
+        inv_update_steps=2,
         loss="cross-entropy",
     ),
 }

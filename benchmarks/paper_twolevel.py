@@ -29,7 +29,6 @@ from provenance import made
 from two_level_runs import (
     CONTENDERS,
     DAMPINGS,
-    INV_UPDATE_STEPS,
     KFAC,
     KL_CLIP,
     MOMENTUM,
@@ -140,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     conditions: dict[str, object] = {
         **made(),
         "grid": f"learning rates {listed(RATES)}, constant; dampings {listed(DAMPINGS)}",
-        "all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}, inverses every {INV_UPDATE_STEPS} steps",
+        "all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}",
         "seeds": f"{options.seeds}; mean ± deviation",
     }
     planned = {

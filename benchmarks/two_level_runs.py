@@ -20,8 +20,8 @@ TSELEPIDIS = "tselepidis"
 CORRECTED = [*COARSE_SPACES, TSELEPIDIS]
 PLAIN = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 CONTENDERS = [KFAC, *CORRECTED, *PLAIN]
-RATES, DAMPINGS = (0.001, 0.03, 0.3), (0.01, 0.1)
-MOMENTUM, KL_CLIP, INV_UPDATE_STEPS = 0.9, 0.03, 5
+RATES, DAMPINGS = (0.003, 0.03, 0.3), (0.1, 1.0)
+MOMENTUM, KL_CLIP = 0.9, 0.01
 PROBES = 3  # of a run on the first seed
 LONGEST = 6  # times the steps, however fast they are
 
@@ -89,14 +89,14 @@ def batches(data: Data, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]
                 yield data.inputs[index], data.targets[index]
 
 
-def optimizer(run: Run, net: nn.Module) -> tuple[torch.optim.Optimizer, mk.KFAC | None]:
+def optimizer(run: Run, net: nn.Module, inv_update_steps: int) -> tuple[torch.optim.Optimizer, mk.KFAC | None]:
     if run.contender == "Adam":
         return torch.optim.Adam(net.parameters(), lr=run.lr), None
     sgd = torch.optim.SGD(net.parameters(), lr=run.lr, momentum=MOMENTUM)
     if run.contender == "SGD":
         return sgd, None
     assert run.damping is not None
-    options = {"inv_update_steps": INV_UPDATE_STEPS, "kl_clip": KL_CLIP, "lr": run.lr, "fisher_type": "mc"}
+    options = {"inv_update_steps": inv_update_steps, "kl_clip": KL_CLIP, "lr": run.lr, "fisher_type": "mc"}
     if run.contender == KFAC:
         return sgd, mk.KFAC(net, run.damping, **options)
     return sgd, mk.TwoLevelKFAC(net, run.damping, coarse_space=run.contender, **options)
@@ -107,7 +107,7 @@ def train(run: Run, problem: Problem, data: Data, seconds: float = 0.0, probes: 
     torch.manual_seed(run.seed)
     run.source = data.source
     net = problem.network()
-    optimizer_, p = optimizer(run, net)
+    optimizer_, p = optimizer(run, net, problem.inv_update_steps)
     probe = Probe(p) if isinstance(p, mk.TwoLevelKFAC) and probes else None
     probed = {run.steps * (2 * i + 1) // (2 * probes) for i in range(probes)}
     elapsed = 0.0
