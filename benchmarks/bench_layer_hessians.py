@@ -15,6 +15,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from ceilings import Bound
 from peak_memory import watch
 from torch import Tensor
 
@@ -81,7 +82,7 @@ def test_factor_of_the_inverse(race, device, n):
         f"n={n}",
         lambda: one_call(h),
         {"three calls": lambda: three_calls(h)},
-        flops=2 / 3 * n**3,
+        bound=Bound(2 / 3 * n**3),
         megabytes=peaks(n, device),
     )
 
@@ -101,7 +102,7 @@ def test_triangular_inverse(race, device, n):
         f"n={n}",
         lambda: ops.triangular_inverse_ex(lower),
         {"solve_triangular, identity": solve},
-        flops=n**3 / 3,
+        bound=Bound(n**3 / 3),
     )
 
 
@@ -117,7 +118,7 @@ def test_accumulation(race, device, d):
         f"T={TOKENS} D={d}",
         lambda: ops.linear_factor_(factor, x),
         {"H.add_(x.mT @ x)": lambda: h.add_(x.mT @ x), "H.addmm_(x.mT, x)": lambda: h.addmm_(x.mT, x)},
-        flops=TOKENS * d * (d + 1),
+        bound=Bound(TOKENS * d * (d + 1)),
     )
 
 
@@ -145,7 +146,7 @@ def test_experts(race, device, d):
         f"E={EXPERTS} T={ROUTED} D={d}",
         lambda: ops.linear_factor_(factors, x, offsets=offsets),
         {"loop over linear_factor_": loop, "loop over H.add_(x.mT @ x)": plain},
-        flops=ROUTED * d * (d + 1),
+        bound=Bound(ROUTED * d * (d + 1)),
     )
 
 
@@ -171,7 +172,7 @@ def test_model(race, device, rows):
             "loop over linear_factor_": lambda: loop(ops.linear_factor_, factors),
             "loop over H.add_(x.mT @ x)": lambda: loop(lambda h, x: h.add_(x.mT @ x), sums),
         },
-        flops=sum(rows * x.shape[1] * (x.shape[1] + 1) for x in xs),
+        bound=Bound(sum(rows * x.shape[1] * (x.shape[1] + 1) for x in xs)),
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import op_samples
 import pytest
 import torch
+from ceilings import Bound
 from torch import Tensor
 
 import mfac_kernels as mk
@@ -109,9 +110,6 @@ def test_window_step(race, device, m, d, dtype):
     core = gram64(ours.window) + m * DAMPING * torch.eye(m, dtype=torch.float64, device=device)
     weights = m * torch.linalg.solve(core, unit)
     assert_same(got, torch.mv(ours.window.mT.float(), weights.float()), 1e-4)
-    held = ours.window if dtype == torch.float32 else ours.window[:, : d // 2 * 2].view(torch.float32)
-    ones = torch.ones(held.shape[1], device=device)
-    item = ours.window.element_size()
     gate = 1.4 if dtype == torch.float32 else 2.3
     race(
         "window step (insert and its IHVP)",
@@ -119,8 +117,7 @@ def test_window_step(race, device, m, d, dtype):
         lambda: ours.update_ihvp(g),
         {"torch float32": lambda: plain.update_ihvp(g), "fused by hand": lambda: plain.fused_update_ihvp(g)},
         gates={"torch float32": gate},
-        bytes_moved=2 * m * d * item,
-        read=lambda: (torch.mv(held, ones), torch.mv(held, ones)),
+        bound=Bound(read=2 * m * d * ours.window.element_size()),
     )
 
 
@@ -160,7 +157,7 @@ def test_core(race, device, m):
         insert,
         {"float64 refactorisation": refactor},
         gates={"float64 refactorisation": 60.0} if m == 1024 else {},
-        bytes_moved=12 * m * m,
+        bound=Bound(read=12 * m * m),
     )
 
 
@@ -174,15 +171,13 @@ def test_ihvp(race, device, m, d, k):
     assert_same(ours.ihvp(x), plain.ihvp(x), 2e-2)
     lower = plain.factor()
     plain.factor = lambda: lower  # type: ignore[method-assign]  # products alone
-    ones = torch.ones(d, device=device)
     race(
         "IHVP of vectors",
         f"m={m} d={d} k={k}",
         lambda: ours.ihvp(x),
         {"torch.mm": lambda: plain.ihvp(x)},
         gates={"torch.mm": 2.5} if k == 4 else {},
-        bytes_moved=8 * m * d,
-        read=lambda: (torch.mv(grads, ones), torch.mv(grads, ones)),
+        bound=Bound(4 * m * d * k, read=8 * m * d),
     )
 
 
@@ -210,7 +205,7 @@ def test_gram(race, device, m, d):
         lambda: ops.gram(g),
         {"torch.mm": lambda: torch.mm(g, g.mT)},
         gates={"torch.mm": 2.0 if m <= 64 else 3.2},
-        flops=m * (m + 1) * d,
+        bound=Bound(m * (m + 1) * d),
     )
 
 
@@ -255,7 +250,7 @@ def test_static_diagonal(race, device, m, d):
         ours,
         {"Cholesky + trsm": solve, "recursion": by_recursion},
         gates={"Cholesky + trsm": 6.0, "recursion": 19.0},
-        flops=m * (m + 1) * d,
+        bound=Bound(m * (m + 1) * d),
     )
 
 
@@ -288,5 +283,5 @@ def test_block_fisher(race, device, m, b, d):
         lambda: ops.block_inverse(g, b, damping, float(m)),
         {"bmm + Cholesky": plain, "recursion": by_recursion},
         gates={"bmm + Cholesky": 6.0, "recursion": 90.0},
-        flops=d * (m * (b + 1) + b * b),
+        bound=Bound(d * (m * (b + 1) + b * b)),
     )

@@ -3,8 +3,9 @@
 Only ratios mean anything on a machine whose speed drifts, and only between figures taken in turns. A benchmark first
 verifies the results that it is about to time. `pytest benchmarks --record DIR` writes results.json and results.md.
 
-On the CPU ours is timed through pytest-benchmark. `--device cuda` runs the benchmarks that take the fixture `device`,
-timed by CUDA events with cold caches, and sets their GB/s beside those of a large copy.
+On the CPU ours is timed through pytest-benchmark, and the bound of what it does (ceilings.py) is measured in turns too.
+`--device cuda` runs the benchmarks that take the fixture `device`, timed by CUDA events with cold caches, and sets
+their GB/s beside those of a large copy.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from ceilings import Bound, table
 from cuda_timing import Timer, copy_bandwidth
 from provenance import commit
 
@@ -67,7 +69,7 @@ def _seconds(work: Callable[[], object], calls: int) -> float:
 
 @pytest.fixture
 def race(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """race(kernel, case, ours, others, gates={name: ratio}, read=(callable, bytes), bytes_moved, flops)."""
+    """race(kernel, case, ours, others, gates={name: ratio}, bound=Bound(flops=, read=, written=))."""
 
     def run(
         kernel: str,
@@ -76,28 +78,25 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
         others: dict[str, Callable[[], object]],
         *,
         gates: dict[str, float] | None = None,
-        bytes_moved: float = 0,
-        flops: float = 0,
-        read: Callable[[], object] | None = None,
+        bound: Bound | None = None,
         calls: int = 1,
         megabytes: dict[str, float] | None = None,
     ) -> None:
-        """`others` are the baselines; `read` reads the `bytes_moved` once or more and tells what the memory gives.
-
-        megabytes: what each takes, if that is known.
-        """
+        """`others` are the baselines; `bound` is the least that ours does; megabytes: what each takes, if known."""
         on_cuda = request.config.getoption("--device") == "cuda"
         timer = request.getfixturevalue("cuda_timer") if on_cuda else lambda work: _seconds(work, calls)
         benchmark = None if on_cuda else request.getfixturevalue("benchmark")
         rounds = request.config.getoption("--rounds")
-        contenders = dict(others) | ({"read": read} if read else {})
-        samples: dict[str, list[float]] = {name: [] for name in contenders}
+        samples: dict[str, list[float]] = {name: [] for name in others}
+        bounds: list[float] = []
 
         def time_the_others() -> None:
-            for name, contender in contenders.items():
+            for name, contender in others.items():
                 if len(samples[name]) > 2 and samples[name][-1] > _SLOW:
                     continue
                 samples[name].append(timer(contender))
+            if bound and not on_cuda:
+                bounds.append(bound.seconds())
 
         def repeat_ours() -> None:
             for _ in range(calls):
@@ -125,14 +124,14 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
         }
         if megabytes:
             row["MB"] = megabytes
-        if bytes_moved:
-            row["GB/s"] = bytes_moved / seconds / 1e9
-        if flops:
-            row["GFLOP/s"] = flops / seconds / 1e9
-        if bytes_moved and on_cuda:
-            row["share of copy bandwidth"] = bytes_moved / seconds / request.config.stash[_COPY]
-        elif read:
-            row["share of read bandwidth"] = medians["read"] / seconds
+        if bound and bound.moved:
+            row["GB/s"] = bound.moved / seconds / 1e9
+        if bound and bound.flops:
+            row["GFLOP/s"] = bound.flops / seconds / 1e9
+        if bounds:
+            row["share of the bound"] = statistics.median(bounds) / seconds
+        elif bound and bound.moved:
+            row["share of copy bandwidth"] = bound.moved / seconds / request.config.stash[_COPY]
         if benchmark is not None:
             benchmark.extra_info.update(row)
         request.config.stash.setdefault(_ROWS, []).append(row)
@@ -141,10 +140,10 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    ceiling = "copy" if any("share of copy bandwidth" in row for row in rows) else "read"
+    ceiling = "copy bandwidth" if any("share of copy bandwidth" in row for row in rows) else "the bound"
     with_memory = any("MB" in row for row in rows)
     lines = [
-        f"| kernel | case | ms | GB/s or GFLOP/s | share of {ceiling} bandwidth | ratio to | gate |",
+        f"| kernel | case | ms | GB/s or GFLOP/s | share of {ceiling} | ratio to | gate |",
         "|---|---|---|---|---|---|---|",
     ]
     if with_memory:
@@ -152,7 +151,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         rate = f"{row['GB/s']:.1f} GB/s" if "GB/s" in row else ""
         rate = f"{row['GFLOP/s']:.0f} GFLOP/s" if "GFLOP/s" in row else rate
-        share = row.get("share of copy bandwidth", row.get("share of read bandwidth"))
+        share = row.get(f"share of {ceiling}")
         ratios = "; ".join(f"{name}: {ratio:.2f}x" for name, ratio in row["ratios"].items())
         gates = "; ".join(f"{gate:g}x" for gate in row["gates"].values())
         cells = [row["kernel"], row["case"], f"{row['ms']:.3f}", rate, f"{share:.0%}" if share else "", ratios, gates]
@@ -190,4 +189,6 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         machine = _machine(config)
         (out / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
         head = [f"- {key}: {value}" for key, value in machine.items()]
+        if config.getoption("--device") == "cpu":
+            head += ["", *table()]
         (out / "results.md").write_text("\n".join([*head, "", *lines, ""]))

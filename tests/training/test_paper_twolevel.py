@@ -57,6 +57,7 @@ TINY = {
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paper_twolevel, "PROBLEMS", TINY)
     monkeypatch.setattr(paper_twolevel, "RATES", (0.001,))
+    monkeypatch.setattr(paper_twolevel, "DAMPINGS", (0.01, 0.1))
 
 
 def run(out: Path, *more: str) -> dict[str, object]:
