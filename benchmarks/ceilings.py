@@ -33,15 +33,7 @@ def _loops() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "ceilings.so"
         source = Path(__file__).with_name("ceilings.cpp")
-        flags = [
-            "-O3",
-            "-std=c++20",
-            "-ffp-contract=fast",
-            "-shared",
-            "-fPIC",
-            "-pthread",
-            *_FLAGS[mk.build_info()["instruction_set"]],
-        ]
+        flags = [*_FLAGS, *_OF_ISA[mk.build_info()["instruction_set"]]]
         subprocess.run([os.environ.get("CXX", "c++"), *flags, str(source), "-o", str(library)], check=True)
         loops = ctypes.CDLL(str(library))
     loops.multiply_adds_of_a_round.restype = ctypes.c_int64

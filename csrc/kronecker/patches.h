@@ -41,6 +41,25 @@ struct Patches {
   int64_t rows() const { return samples * positions(); }
 };
 
+// The same rows with their pixels along one axis, where these lie so in memory and patches are 1 x 1: few long runs in place of many short.
+inline Patches along_one_axis(Patches patches) {
+  Axis& inner = patches.axes[Patches::kAxes - 1];
+  const auto whole = [](const Axis& axis) {
+    return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0 && axis.outputs == axis.size;
+  };
+  for (int a = Patches::kAxes - 2; a >= 0; --a) {
+    Axis& outer = patches.axes[a];
+    if (!whole(inner) || !whole(outer)) break;
+    if (outer.size != 1) {
+      if (inner.size == 1) inner.step = outer.step;
+      if (outer.step != inner.size * inner.step) break;
+    }
+    inner.size = inner.outputs = inner.size * outer.size;
+    outer = Axis{};
+  }
+  return patches;
+}
+
 // Diagonal blocks of the symmetric matrices of `groups` groups, all of `features` rows: groups = blocks (each one whole), or one group cut
 // into blocks of `size` features, the last one padded with zeros.
 struct Factor {

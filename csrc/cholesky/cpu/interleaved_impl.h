@@ -33,17 +33,22 @@ enum class Lower { none, a, b, both };  // operands that are lower triangular
 template <Form form, Lower lower = Lower::none, class S>
 MFAC_INLINE void multiply_lanes(const S* a, const S* b, int first, Vec<S> (&sum)[kLaneTile][kLaneColumns]) {
 #pragma GCC unroll 4
-  for (int k = 0; k < kLaneTile; ++k)
+  for (int k = 0; k < kLaneTile; ++k) {
+    Vec<S> y[kLaneColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kLaneColumns; ++c)
+      y[c] = in_register(load<Vec<S>>(form == Form::a_bt ? entry(b, first + c, k) : entry(b, k, first + c)));
 #pragma GCC unroll 4
     for (int r = 0; r < kLaneTile; ++r) {
       if ((lower == Lower::a || lower == Lower::both) && (form == Form::at_b ? r > k : k > r)) continue;
-      const Vec<S> x = load<Vec<S>>(form == Form::at_b ? entry(a, k, r) : entry(a, r, k));
+      const Vec<S> x = in_register(load<Vec<S>>(form == Form::at_b ? entry(a, k, r) : entry(a, r, k)));
 #pragma GCC unroll 4
       for (int c = 0; c < kLaneColumns; ++c) {
         if ((lower == Lower::b || lower == Lower::both) && (form == Form::a_bt ? k > first + c : first + c > k)) continue;
-        sum[r][c] += x * load<Vec<S>>(form == Form::a_bt ? entry(b, first + c, k) : entry(b, k, first + c));
+        sum[r][c] += x * y[c];
       }
     }
+  }
 }
 
 // out = base + sign * the sums that accumulate(first column, sums) makes; base may be null (zero).
@@ -183,7 +188,8 @@ void multiply_transposed_lanes(S* tiles, int64_t count) {
           multiply_lanes<Form::at_b, Lower::a>(lane_tile(tiles, i, i), tile, first, sum);
         for (int64_t k = i + 1; k < count; ++k) multiply_lanes<Form::at_b>(lane_tile(tiles, k, i), lane_tile(tiles, k, j), first, sum);
       });
-      if (i == j) __builtin_memcpy(tile, sums, sizeof(sums));
+      if (i == j)
+        for (int64_t v = 0; v < kLaneArea<S>; v += kLanesOf<S>) store(tile + v, load<Vec<S>>(sums + v));
     }
 }
 

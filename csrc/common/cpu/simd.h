@@ -24,6 +24,15 @@ MFAC_INLINE void store(T* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
+// v, in a register from here on: GCC else repeats the load of what is used several times, one for each use.
+template <class V>
+MFAC_INLINE V in_register(V v) {
+#if MFAC_ISA_LEVEL > 0
+  asm("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Into every cache level. The address need not exist.
 template <class T>
 MFAC_INLINE void prefetch(const T* p) {

@@ -77,26 +77,29 @@ constexpr int64_t kTile = 2 * kLanesOf<S>;
 template <class S>
 constexpr int64_t kTileArea = kTile<S> * kTile<S>;
 constexpr int kTileRows = MFAC_ISA_LEVEL == 2 ? 8 : 4;  // rows computed at a time
+// The same where one of the two vectors of a row is enough: with more rows as many sums are in flight.
+template <class S, int kVectors>
+constexpr int kStripRows = kVectors == 1 && MFAC_ISA_LEVEL > 0 ? kLanesOf<S> : kTileRows;
 
 // sum[r][v] += sum_k a[k, r] b[k, vector v]; a row of a is `width` long
-template <int kVectors, class S, class V>
-MFAC_INLINE void multiply_rows(const S* a, int64_t width, const S* b, int64_t depth, V (&sum)[kTileRows][kVectors]) {
+template <int kRows, int kVectors, class S, class V>
+MFAC_INLINE void multiply_rows(const S* a, int64_t width, const S* b, int64_t depth, V (&sum)[kRows][kVectors]) {
   for (int64_t k = 0; k < depth; ++k) {
     V x[kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) x[v] = load<V>(b + v * kLanesOf<S> + k * kTile<S>);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) sum[r][v] += splat(a[k * width + r]) * x[v];
   }
 }
 
-// The first kVectors vectors of kTileRows rows of a tile += sum
-template <int kVectors, class S, class V>
-MFAC_INLINE void add_rows(const V (&sum)[kTileRows][kVectors], S* tile) {
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
+// The first kVectors vectors of kRows rows of a tile += sum
+template <int kRows, int kVectors, class S, class V>
+MFAC_INLINE void add_rows(const V (&sum)[kRows][kVectors], S* tile) {
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       S* to = tile + r * kTile<S> + v * kLanesOf<S>;
@@ -104,15 +107,16 @@ MFAC_INLINE void add_rows(const V (&sum)[kTileRows][kVectors], S* tile) {
     }
 }
 
-// out = base + scale a^T b for the last kVectors vectors of kTileRows rows; base may be null (zero) or out.
+// out = base + scale a^T b for the last kVectors vectors of kStripRows rows; base may be null (zero) or out.
 template <int kVectors, class S>
 MFAC_INLINE void multiply_strip(const S* a, const S* b, int64_t depth, S scale, const S* base, S* out) {
   using V = Vec<S>;
   constexpr int64_t kSkipped = (2 - kVectors) * kLanesOf<S>;
-  V sum[kTileRows][kVectors] = {};
+  constexpr int kRows = kStripRows<S, kVectors>;
+  V sum[kRows][kVectors] = {};
   multiply_rows(a, kTile<S>, b + kSkipped, depth, sum);
-#pragma GCC unroll 8
-  for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       const int64_t at = r * kTile<S> + v * kLanesOf<S> + kSkipped;
@@ -128,14 +132,15 @@ constexpr int64_t kNoZeros = -1;
 template <class S>
 __attribute__((noinline)) void multiply_tile(const S* a, const S* b, int64_t depth, S scale, const S* base, S* out, Part part,
                                              int64_t zeros = kNoZeros) {
-  for (int64_t r = 0; r < kTile<S>; r += kTileRows) {
+  const auto strip = [&]<int kVectors>(int64_t r) {
     const int64_t skip = zeros >= 0 ? zeros + r : 0;
-    const S *x = a + skip * kTile<S> + r, *y = b + skip * kTile<S>, *from = base ? base + r * kTile<S> : nullptr;
-    if (part == Part::upper && r >= kTile<S> / 2)
-      multiply_strip<1>(x, y, depth - skip, scale, from, out + r * kTile<S>);
-    else
-      multiply_strip<2>(x, y, depth - skip, scale, from, out + r * kTile<S>);
-  }
+    const S* from = base ? base + r * kTile<S> : nullptr;
+    multiply_strip<kVectors>(a + skip * kTile<S> + r, b + skip * kTile<S>, depth - skip, scale, from, out + r * kTile<S>);
+    return r + kStripRows<S, kVectors>;
+  };
+  int64_t r = 0;
+  while (r < (part == Part::upper ? kTile<S> / 2 : kTile<S>)) r = strip.template operator()<2>(r);
+  while (r < kTile<S>) r = strip.template operator()<1>(r);
 }
 
 // out = l b for a lower triangular l, given as its transpose u (kTile, kTile).

@@ -181,7 +181,9 @@ void clear_padding(int64_t used, int64_t size, S* out) {
 class Update {
  public:
   explicit Update(const FactorUpdate& u)
-      : products(u.patches.dtype, u.patches.rows(), u.weights, u.refused != nullptr), update_(u), groups_(u.factor.groups, u.patches) {
+      : products(u.patches.dtype, u.patches.rows(), u.weights, u.refused != nullptr),
+        update_(u),
+        groups_(u.factor.groups, along_one_axis(u.patches)) {
     const Factor& f = u.factor;
     const int64_t channels = u.patches.channels / f.groups, offsets = u.patches.offsets();
     for (int64_t g = 0; g < f.groups; ++g) {

@@ -100,11 +100,15 @@ MFAC_INLINE void gather_square(const T* x, int64_t channel_step, int64_t height,
 // to.at(p, c) = x[c * channel_step + p * pixel_step]
 template <class S, class T, class Place>
 void gather(const T* x, int64_t channel_step, int64_t pixel_step, int64_t channels, int64_t pixels, const Place& to) {
-  constexpr int64_t n = kLanesOf<S>;
+  constexpr int64_t n = kLanesOf<S>, kAhead = 4096;  // bytes: rows are too short for the hardware to foresee
   if (channel_step == 1) {
+    const int64_t ahead = (kAhead / (channels * static_cast<int64_t>(sizeof(T))) + 1) * pixel_step;
     for (int64_t p = 0; p < pixels; ++p, x += pixel_step) {
       int64_t c = 0;
-      for (; c + n <= channels; c += n) store(to.at(p, c), load_as<S>(x + c));
+      for (; c + n <= channels; c += n) {
+        prefetch(x + ahead + c);
+        store(to.at(p, c), load_as<S>(x + c));
+      }
       if (c < channels) {
         const Vec<S> rest = load_first_as<S>(x + c, channels - c);
         __builtin_memcpy(to.at(p, c), &rest, (channels - c) * sizeof(S));
