@@ -34,11 +34,12 @@ class Batch:
         out: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if blocks.dim() < 2:
-            raise RuntimeError(f"{op}: {name}: expected shape (..., n, n), got {shape_text(blocks.shape)}")
+        shape = blocks.shape
+        if len(shape) < 2:
+            raise RuntimeError(f"{op}: {name}: expected shape (..., n, n), got {shape_text(shape)}")
         if blocks.dtype not in FLOATS:
             raise RuntimeError(f"{op}: {name}: expected {_EXPECTED}, got {type_text(blocks.dtype)}")
-        self.shape = blocks.shape[:-2]  # (...)
+        self.shape = shape[:-2]  # (...)
         if not isinstance(damping, Tensor):
             self.damping = torch.full((1,), damping, dtype=torch.float64, device=blocks.device)
         elif damping.dim() == 0:
@@ -46,15 +47,17 @@ class Batch:
         else:
             if damping.shape != self.shape:
                 self.shape = broadcast(op, "damping", damping.shape, self.shape)
-                blocks = blocks.expand(*self.shape, *blocks.shape[-2:])
+                blocks = blocks.expand(*self.shape, *shape[-2:])
+                shape = blocks.shape
                 damping = damping.expand(self.shape)
             self.damping = _float64(damping).reshape(-1).contiguous()
         self.blocks = blocks
         self.out = out
         if out is not None:
-            self.damping = self.damping.clone()  # it may be a part of out
-            if out.shape != blocks.shape:
-                wanted, got = shape_text(blocks.shape), shape_text(out.shape)
+            if isinstance(damping, Tensor):
+                self.damping = self.damping.clone()  # it may be a part of out
+            if out.shape != shape:
+                wanted, got = shape_text(shape), shape_text(out.shape)
                 raise RuntimeError(f"{op}: out: expected shape {wanted}, got {got}")
             if dtype is not None and dtype != out.dtype:
                 wanted, got = type_text(out.dtype), type_text(dtype)
@@ -70,6 +73,10 @@ class Batch:
         if self.out is not None and self.out.dtype == self.compute_dtype:
             return self.out
         return torch.empty(self.blocks.shape, dtype=self.compute_dtype, device=self.blocks.device)
+
+    def codes(self, info: Tensor) -> Tensor:
+        """A code per block, in the batch's shape."""
+        return info if len(self.shape) == 1 else info.view(self.shape)
 
     def finish(self, result: Tensor) -> Tensor:
         """The result in the dtype and the place asked for."""

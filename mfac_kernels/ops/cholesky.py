@@ -66,7 +66,7 @@ def cholesky_inverse_ex(
     """
     batch = Batch("cholesky_inverse_ex", "blocks", blocks, damping, out, dtype)
     (inverse,), info = _inverses("cholesky_inverse_ex", [batch])
-    return inverse, info.view(batch.shape)
+    return inverse, batch.codes(info)
 
 
 def cholesky_inverse(
@@ -121,7 +121,7 @@ def cholesky_factor_ex(
     refuse_gradients(op, batch.blocks, batch.damping)
     factor = batch.buffer()
     info: Tensor = _ops.cholesky_factor_([factor.mT if upper else factor], [batch.blocks], [batch.damping])
-    return batch.finish(factor), info.view(batch.shape)
+    return batch.finish(factor), batch.codes(info)
 
 
 def cholesky_factor(

@@ -68,7 +68,7 @@ def cholesky_inverse_factor_ex(
     op = "cholesky_inverse_factor_ex"
     batch = Batch(op, "blocks", blocks, damping, out, dtype)
     (factor,), info = _factors(op, [batch], upper, relative, [dead])
-    return factor, info.view(batch.shape)
+    return factor, batch.codes(info)
 
 
 def cholesky_inverse_factor(
@@ -91,7 +91,7 @@ def cholesky_inverse_factor(
     (factor,), info = _factors(op, [batch], upper, relative, [dead])
     minor = "trailing" if upper else "leading"
     used = batch.damping.expand(batch.shape.numel()).view(batch.shape)
-    raise_if_failed(op, info.view(batch.shape), used, f"the {minor} minor of order {{}} is not positive")
+    raise_if_failed(op, batch.codes(info), used, f"the {minor} minor of order {{}} is not positive")
     return factor
 
 

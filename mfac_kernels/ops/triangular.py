@@ -53,4 +53,4 @@ def _inverses(
     refuse_gradients(op, batch.blocks)
     inverse = batch.buffer()
     info: Tensor = _ops.triangular_inverse_([inverse], [batch.blocks], upper)
-    return batch.finish(inverse), info.view(batch.shape)
+    return batch.finish(inverse), batch.codes(info)
