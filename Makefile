@@ -14,7 +14,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench paper-fig1 paper-pruning paper-twolevel paper-gptq gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel clean
+.PHONY: help install demo test bench paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
@@ -22,6 +22,7 @@ help:
 	@echo 'make bench     build, then run the benchmarks'
 	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
 	@echo 'make paper-twolevel  K-FAC and its coarse corrections on four problems: benchmarks/results/twolevel.*'
+	@echo 'make paper-relatives  K-FAC beside its relatives, Adam and SGD on two problems: benchmarks/results/relatives.*'
 	@echo 'make paper-pruning  ResNet-20 on CIFAR-10 pruned to 50-95%: benchmarks/results/pruning.*; CHECKPOINT=file: that network'
 	@echo 'make paper-gptq  a small transformer, quantised and pruned on layer Hessians: benchmarks/results/quantised_transformer.*'
 	@echo 'make gpt2      K-FAC beside SGD on a GPT-2 of the transformers library: benchmarks/results/gpt2_kfac.*'
@@ -93,6 +94,9 @@ paper-fig1: $(stamp) $(stamp)-demo
 
 paper-twolevel: $(stamp) $(stamp)-demo
 	OMP_NUM_THREADS=1 $(bin)/python benchmarks/paper_twolevel.py
+
+paper-relatives: $(stamp) $(stamp)-demo
+	OMP_NUM_THREADS=1 $(bin)/python benchmarks/paper_relatives.py
 
 paper-pruning: $(stamp) $(stamp)-demo
 	$(bin)/python benchmarks/paper_pruning.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))

@@ -1,4 +1,5 @@
-"""`make paper-twolevel` from end to end at a tiny size, on scikit-learn's digits; what its measurements are made of."""
+"""`make paper-twolevel` and `make paper-relatives` from end to end at a tiny size, on scikit-learn's digits; what their
+measurements are made of."""
 
 from __future__ import annotations
 
@@ -6,15 +7,20 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import paper_relatives
+import paper_runs
 import paper_twolevel
 import pytest
+import relatives_runs
 import torch
 from paper_problems import Bernoulli, Categorical, Data, Problem, autoencoder, deep_linear
-from paper_twolevel_report import minimum, write_report
+from paper_report import minimum
+from paper_runs import KFAC, PLAIN, Run
+from paper_twolevel_report import write_report
 from torch import nn
 from two_level_cases import Case, cut
 from two_level_probe import energy, natural_gradient
-from two_level_runs import CONTENDERS, CORRECTED, KFAC, TSELEPIDIS, Run
+from two_level_runs import CONTENDERS, CORRECTED, DAMPINGS, TSELEPIDIS
 
 from mfac_kernels.training import datasets
 
@@ -53,23 +59,17 @@ TINY = {
 }
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paper_twolevel, "PROBLEMS", TINY)
-    monkeypatch.setattr(paper_twolevel, "RATES", (0.001,))
-    monkeypatch.setattr(paper_twolevel, "DAMPINGS", (0.01, 0.1))
+def run(out: Path, *more: str, study: paper_runs.Study = paper_twolevel.STUDY) -> dict[str, object]:
+    study = replace(study, problems=TINY, rates=(0.001,))
+    paper_runs.main(study, None, ["--out", str(out), "--epochs", "2", "--grid-steps", "1", *more])
+    return json.loads((out / f"{study.name}.json").read_text())
 
 
-def run(out: Path, *more: str) -> dict[str, object]:
-    paper_twolevel.main(["--out", str(out), "--epochs", "2", "--grid-steps", "1", *more])
-    return json.loads((out / "twolevel.json").read_text())
-
-
-def test_end_to_end_and_resumed(tiny, tmp_path, monkeypatch, capsys):
+def test_end_to_end_and_resumed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     first = run(tmp_path, "--problems", "codes", "--seeds", "1")
     shown = capsys.readouterr().out
-    assert "about" in shown and "s left  codes, K-FAC, lr 0.001, damping 0.01, search: loss" in shown
+    assert "about" in shown and f"s left  codes, K-FAC, lr 0.001, damping {DAMPINGS[0]:g}, search: loss" in shown
     both = run(tmp_path, "--seeds", "1")
     assert both["runs"][: len(first["runs"])] == first["runs"]  # nothing is repeated
     final = [Run(**r) for r in both["runs"] if not r["searching"]]
@@ -88,11 +88,28 @@ def test_end_to_end_and_resumed(tiny, tmp_path, monkeypatch, capsys):
     def repeated(*_: object) -> None:
         raise AssertionError("a run that is in the file")
 
-    monkeypatch.setattr(paper_twolevel, "train", repeated)
+    monkeypatch.setattr(paper_runs, "train", repeated)
     assert run(tmp_path, "--seeds", "1")["runs"] == both["runs"]
 
 
-def test_unknown_problem(tiny, tmp_path, capsys):
+def test_relatives_of_two_processes_put_together(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    parts = []
+    for name in TINY:
+        run(tmp_path / name, "--problems", name, "--seeds", "1", study=paper_relatives.STUDY)
+        parts.append(str(tmp_path / name / "relatives.json"))
+    monkeypatch.setattr(paper_runs, "train", None)
+    runs = run(tmp_path, "--seeds", "1", "--merge", *parts, study=paper_relatives.STUDY)["runs"]
+    final = [Run(**r) for r in runs if not r["searching"]]
+    assert [(r.problem, r.contender) for r in final] == [(p, c) for p in TINY for c in relatives_runs.CONTENDERS]
+    for r in final:
+        assert (len(r.losses) == r.steps) or (r.contender in PLAIN and len(r.losses) > r.steps)
+    text = (tmp_path / "relatives.md").read_text()
+    assert all(f"## {problem.title}" in text for problem in TINY.values())
+    assert (tmp_path / "relatives.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_problem(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, "--problems", "codes,mnist")
     assert "--problems: expected some of codes, linear, got 'mnist'" in capsys.readouterr().err
