@@ -19,21 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 
 from examples._timing import before_and_after
-from mfac_kernels import ops
-
-
-def spring(jacobian: Tensor, residuals: Tensor, damping: float, mu: float = 0.0, phi: Tensor | None = None) -> Tensor:
-    """phi (d,) of jacobian (m, d), rows contiguous, and residuals (m,); with mu = 0 that of ENGD.
-
-    A matrix that cannot be factorised makes the result NaN; nothing waits for the device.
-    """
-    b = residuals.double().unsqueeze(1)
-    before = None if phi is None else phi.unsqueeze(0)
-    if before is not None:
-        b = b - mu * ops.window_dots(jacobian, before).squeeze(0).mT
-    factor, _ = ops.cholesky_factor_ex(ops.gram(jacobian, double_precision=True), damping)
-    coefficients = ops.cholesky_solve(factor, b).mT.contiguous().unsqueeze(0)
-    return ops.window_combine(jacobian, coefficients, x=before, alpha=mu).squeeze(0)
+from mfac_kernels.pinn import spring
 
 
 def spring_by_torch(

@@ -4,7 +4,7 @@ FisherWindow, StaticFisher: inverse-Hessian-vector products from gradients (M-FA
 torch optimizer. ops: the kernels themselves. build_info, cpu_capability: what was built and what runs.
 """
 
-from mfac_kernels import ops, pruning
+from mfac_kernels import ops, pinn, pruning
 from mfac_kernels._library import build_info, cpu_capability, get_include, get_library
 from mfac_kernels.fisher.jacobian import JacobianProduct
 from mfac_kernels.fisher.kronecker import KroneckerFisher, KroneckerShape
@@ -38,5 +38,6 @@ __all__ = [
     "layers",
     "nearest_kronecker_sum",
     "ops",
+    "pinn",
     "pruning",
 ]
