@@ -14,7 +14,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel clean
+.PHONY: help install demo test bench paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
@@ -25,6 +25,7 @@ help:
 	@echo 'make paper-relatives  K-FAC beside its relatives, Adam and SGD on two problems: benchmarks/results/relatives.*'
 	@echo 'make paper-pruning  ResNet-20 on CIFAR-10 pruned to 50-95%: benchmarks/results/pruning.*; CHECKPOINT=file: that network'
 	@echo 'make paper-gptq  a small transformer, quantised and pruned on layer Hessians: benchmarks/results/quantised_transformer.*'
+	@echo 'make paper-pinn  K-FAC, ENGD and others on four equations, 35 minutes: benchmarks/results/pinn.*'
 	@echo 'make gpt2      K-FAC beside SGD on a GPT-2 of the transformers library: benchmarks/results/gpt2_kfac.*'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
@@ -103,6 +104,9 @@ paper-pruning: $(stamp) $(stamp)-demo
 
 paper-gptq: $(stamp)
 	$(bin)/python benchmarks/quantised_transformer.py --train-seconds $(TRAIN_SECONDS)
+
+paper-pinn: $(stamp) $(stamp)-demo
+	OMP_NUM_THREADS=1 $(bin)/python benchmarks/paper_pinn.py
 
 gpt2: $(stamp) $(stamp)-bench
 	$(bin)/python benchmarks/gpt2_kfac.py

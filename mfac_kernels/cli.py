@@ -1,4 +1,4 @@
-"""The command line: ``mfac-kernels info | train | prune | bench``.
+"""The command line: ``mfac-kernels info | train | prune | pinn | bench``.
 
 Exit codes: 0 done; 1 it could not be done, with one line on stderr that says why; 2 wrong usage;
 130 interrupted. ``bench`` hands on pytest's exit code.
@@ -10,17 +10,17 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from mfac_kernels import training
 from mfac_kernels.training import datasets, pruning_command
+from mfac_kernels.training._arguments import names, positive_float, positive_int
+from mfac_kernels.training.pinn import command as pinn_command
 
 __all__ = ["main"]
 
@@ -53,9 +53,6 @@ examples:
   mfac-kernels bench                                   every benchmark
   mfac-kernels bench -- -k window                      what follows -- goes to pytest
 """
-
-
-_Number = TypeVar("_Number", int, float)
 
 
 class _UserError(RuntimeError):
@@ -118,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--model", choices=tuple(training.MODELS), help="network (default: by dataset)")
     train.add_argument(
         "--optimizers",
-        type=_optimizer_names,
+        type=names("optimizer", training.CHOSEN),
         default=list(training.CHOSEN),
         metavar="NAME[,NAME]",
         help=f"from {', '.join(training.CHOSEN)} (default: all)",
@@ -126,12 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     length = train.add_mutually_exclusive_group()
     length.add_argument(
         "--budget",
-        type=_positive_float,
+        type=positive_float,
         metavar="SECONDS",
         help="time for all runs, evaluation included; the number of steps follows from the "
         f"measured time of a step (default: {_DEFAULT_BUDGET:g})",
     )
-    length.add_argument("--steps", type=_positive_int, metavar="N", help="steps of each run")
+    length.add_argument("--steps", type=positive_int, metavar="N", help="steps of each run")
     train.add_argument(
         "--grid",
         action="store_true",
@@ -145,9 +142,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for what is written (default: %(default)s)",
     )
-    train.add_argument("--batch-size", type=_positive_int, default=128, metavar="N", help="default: %(default)s")
+    train.add_argument("--batch-size", type=positive_int, default=128, metavar="N", help="default: %(default)s")
     train.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
-    train.add_argument("--threads", type=_positive_int, metavar="N", help="CPU threads for torch")
+    train.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads for torch")
     train.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default: %(default)s)")
     train.set_defaults(command=_train)
 
@@ -161,6 +158,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     pruning_command.add_arguments(prune)
     prune.set_defaults(command=pruning_command.prune)
+
+    pinn = commands.add_parser(
+        "pinn",
+        help="solve an equation with a network, by several optimizers, and report errors against time",
+        description="Train a physics-informed network with each method for the same seconds. Prints a table and writes "
+        "pinn.json, pinn.md and pinn.png.",
+        epilog=pinn_command.EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    pinn_command.add_arguments(pinn)
+    pinn.set_defaults(command=pinn_command.pinn)
 
     bench = commands.add_parser(
         "bench",
@@ -265,31 +273,6 @@ def _bench(arguments: argparse.Namespace) -> int:
             raise _UserError(f'{module} is not installed: pip install "mfac_kernels[test]"')
     command = [sys.executable, "-m", "pytest", "-o", "python_files=bench_*.py", str(folder)]
     return subprocess.run([*command, *arguments.pytest_arguments], check=False).returncode
-
-
-def _optimizer_names(text: str) -> list[str]:
-    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in training.CHOSEN:
-            raise argparse.ArgumentTypeError(f"unknown optimizer {name!r}: choose from {', '.join(training.CHOSEN)}")
-    return names
-
-
-def _positive(kind: Callable[[str], _Number], expected: str) -> Callable[[str], _Number]:
-    def parse(text: str) -> _Number:
-        try:
-            value: _Number | None = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
-        return value
-
-    return parse
-
-
-_positive_int = _positive(int, "a whole number of at least 1")
-_positive_float = _positive(float, "a number above 0")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,24 @@ from mfac_kernels.training._extra import require
 from mfac_kernels.training.optimizers import OptimizerConfig
 from mfac_kernels.training.results import RunResult
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "bar"]
+
+
+def bar(*, total: float, unit: str) -> Any:
+    """A bar of tqdm's with the time elapsed and left.
+
+    Raises:
+        MissingDependency: tqdm is not installed.
+    """
+    tqdm = require("tqdm", "tqdm", "for the progress bar").tqdm
+    return tqdm(
+        total=total,
+        unit=unit,
+        mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a log file gets few lines
+        dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} "
+        "[{elapsed} elapsed, {remaining} left{postfix}]",
+    )
 
 
 class Progress:
@@ -20,15 +37,7 @@ class Progress:
         self._bar: Any = None
         self._loss: float | None = None
         if enabled:
-            tqdm = require("tqdm", "tqdm", "for the progress bar").tqdm
-            self._bar = tqdm(
-                total=total,
-                unit="step",
-                mininterval=0.5 if sys.stderr.isatty() else 20.0,  # a log file gets few lines
-                dynamic_ncols=True,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-                "[{elapsed} elapsed, {remaining} left{postfix}]",
-            )
+            self._bar = bar(total=total, unit="step")
 
     def __enter__(self) -> Progress:
         return self

@@ -12,6 +12,7 @@ import torch
 
 from mfac_kernels.pruning import Masks, prunable
 from mfac_kernels.training import datasets, pruning
+from mfac_kernels.training._arguments import count, positive_int
 from mfac_kernels.training.checkpoints import Checkpoint, load_checkpoint
 from mfac_kernels.training.loop import train
 from mfac_kernels.training.models import build_model
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=("resnet20", "cnn", "mlp"), default="resnet20", help="network to train without --checkpoint"
     )
-    parser.add_argument("--train-steps", type=_count, default=600, metavar="N", help="of that training (%(default)s)")
+    parser.add_argument("--train-steps", type=count, default=600, metavar="N", help="of that training (%(default)s)")
     parser.add_argument("--sparsities", type=_sparsities, default=[0.5, 0.6, 0.7, 0.8, 0.9], metavar="S[,S]")
     parser.add_argument(
         "--methods",
@@ -52,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME[,NAME]",
         help="magnitude, diagonal, full, or sizes of blocks (default: " + ",".join(pruning.METHODS) + ")",
     )
-    parser.add_argument("--ngrads", type=_positive, default=default.ngrads, metavar="N", help="default: %(default)s")
+    parser.add_argument("--ngrads", type=positive_int, default=default.ngrads, metavar="N", help="default: %(default)s")
     parser.add_argument("--damping", type=float, default=default.damping, metavar="X", help="default: %(default)s")
     parser.add_argument(
-        "--gradient-batch", type=_positive, default=1, metavar="N", help="images that a gradient is the mean over"
+        "--gradient-batch", type=positive_int, default=1, metavar="N", help="images that a gradient is the mean over"
     )
     parser.add_argument(
         "--temperature",
@@ -73,21 +74,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scope", choices=("global", "layer"), default="global", help="of the threshold")
     parser.add_argument("--exclude", action="append", default=[], metavar="NAME", help="parameters to leave alone")
     parser.add_argument(
-        "--recompute", type=_count, default=default.recomputations, metavar="N", help="steps in all; 0: one shot"
+        "--recompute", type=count, default=default.recomputations, metavar="N", help="steps in all; 0: one shot"
     )
-    parser.add_argument("--tune-steps", type=_count, default=0, metavar="N", help="of SGD after every sparsity")
+    parser.add_argument("--tune-steps", type=count, default=0, metavar="N", help="of SGD after every sparsity")
     parser.add_argument(
         "--statistics-images",
-        type=_count,
+        type=count,
         default=default.statistics_images,
         metavar="N",
         help="for new batch statistics after every step (default: %(default)s; 0: keep the old ones)",
     )
-    parser.add_argument("--test-images", type=_positive, metavar="N", help="default: all")
-    parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--test-images", type=positive_int, metavar="N", help="default: all")
+    parser.add_argument("--seeds", type=positive_int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--save", action="store_true", help="write the pruned networks and their masks too")
     parser.add_argument("--out", type=Path, default=Path("runs/prune"), metavar="DIR", help="default: %(default)s")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads for torch")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="CPU threads for torch")
 
 
 def prune(arguments: argparse.Namespace) -> int:
@@ -174,13 +175,3 @@ def _sparsities(text: str) -> Sequence[float]:
     if not values or not 0 < values[0] <= values[-1] < 1:
         raise argparse.ArgumentTypeError(f"expected numbers between 0 and 1, got {text!r}")
     return values
-
-
-def _count(text: str, least: int = 0) -> int:
-    if not text.isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    return _count(text, 1)

@@ -28,7 +28,7 @@ def unavailable(name: str, data_dir: Path | None = None) -> datasets.Dataset:
     raise datasets.DatasetUnavailable(f"cannot fetch {name}: no network")
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["train"], ["prune"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["train"], ["prune"], ["pinn"], ["bench"]])
 def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([*command, "--help"])
