@@ -16,8 +16,8 @@
 extern "C" {
 #endif
 
-/* What a function returns. Where it is not MFAC_OK, nothing was written. */
-enum { MFAC_OK = 0, MFAC_BAD_ARGUMENT = 1, MFAC_NO_MEMORY = 2 };
+/* What a function returns. Where it is not MFAC_OK, nothing was written; after MFAC_FAILED, which no input is known to cause, some may be. */
+enum { MFAC_OK = 0, MFAC_BAD_ARGUMENT = 1, MFAC_NO_MEMORY = 2, MFAC_FAILED = 3 };
 
 /* Types of elements. */
 enum { MFAC_FLOAT32 = 0, MFAC_FLOAT64 = 1, MFAC_BFLOAT16 = 2, MFAC_FLOAT16 = 3 };

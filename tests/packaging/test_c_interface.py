@@ -62,9 +62,9 @@ def test_the_header_and_the_library_agree(c):
 
 
 @pytest.mark.parametrize("dtype", TYPES[:2])
-@pytest.mark.parametrize("count, n", [(0, 3), (1, 1), (3, 5), (16, 8), (37, 17), (9, 128), (2, 130), (4, 0)])
+@pytest.mark.parametrize("count, n", [(0, 3), (1, 1), (3, 5), (16, 8), (6, 40), (37, 17), (9, 128), (2, 130), (4, 0)])
 def test_cholesky_inverse(c, count, n, dtype):
-    """Against float64, c n eps cond with c = 4; a block that is not positive definite touches no other."""
+    """The op's bits; against float64, c n eps cond with c = 4; a block that fails touches no other."""
     x = torch.randn(count, n, 2 * n + 1, generator=torch.Generator().manual_seed(n)).to(dtype)
     blocks = x @ x.mT / (2 * n + 1)
     inverses, info = torch.full_like(blocks, 7), torch.full((count,), 7, dtype=torch.int32)
@@ -79,6 +79,7 @@ def test_cholesky_inverse(c, count, n, dtype):
     assert torch.equal(info, codes) and (bad is None or info[bad] == n)
     good = info == 0
     assert inverses[~good].isnan().all()
+    assert torch.equal(inverses[good], ops.cholesky_inverse_ex(blocks, 0.1)[0][good])
     tolerance = 4 * max(n, 1) * torch.finfo(dtype).eps * 60  # cond < 60: the largest eigenvalue is below 6
     torch.testing.assert_close(inverses[good].double(), want[good], rtol=0, atol=10 * tolerance)
 

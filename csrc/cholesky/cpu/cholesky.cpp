@@ -85,13 +85,7 @@ std::vector<SizeClass> size_classes(const std::vector<DampedBatch>& batches) {
   return classes;
 }
 
-// How many of a class's blocks are computed at once: all of them alike, so that equal blocks have equal inverses, bit for bit. Few are
-// faster one by one, and large ones are worth a group only where all threads get groups.
-int64_t group_size(const SizeClass& of) {
-  const int64_t lanes = cholesky_kernels(of.dtype).lanes;
-  const int64_t fewest = of.n <= 16 ? 1 : of.n <= 32 ? lanes * 3 / 8 : of.n <= 64 ? lanes * 5 / 8 : 8 * lanes;
-  return of.n <= kInterleaved && of.count >= fewest ? lanes : 1;
-}
+int64_t group_size(const SizeClass& of) { return cholesky_kernels(of.dtype).group_size(of.n, of.count); }
 
 // Large blocks, and those that are few, are computed one after the other, each by all threads.
 bool by_all_threads(const SizeClass& of) { return of.n >= 2048 || (of.n >= 512 && of.count < 8); }

@@ -47,6 +47,13 @@ struct CholeskyKernels {
   // x (n, columns) <- (L L^T)^-1 x
   int64_t (*solve_work)(int64_t n);
   void (*solve)(const Matrix& factor, int64_t n, const Matrix& x, int64_t columns, void* work);
+
+  // How many of `count` blocks of one size are computed at once: all of them alike, so that equal blocks have equal inverses, bit for bit.
+  // Few are faster one by one, and large ones are worth a group only where all threads get groups.
+  int64_t group_size(int64_t n, int64_t count) const {
+    const int64_t fewest = n <= 16 ? 1 : n <= 32 ? lanes * 3 / 8 : n <= 64 ? lanes * 5 / 8 : 8 * lanes;
+    return n <= kInterleaved && count >= fewest ? lanes : 1;
+  }
 };
 const CholeskyKernels& cholesky_kernels(DType);  // float32 or float64
 

@@ -31,13 +31,15 @@ int32_t status_of(bool valid, const Body& body) {
     return MFAC_OK;
   } catch (const std::bad_alloc&) {
     return MFAC_NO_MEMORY;
+  } catch (...) {  // of torch's threads
+    return MFAC_FAILED;
   }
 }
 
-// Blocks of one size: all of them side by side in vectors' lanes where there are enough, else all of them one by one.
+// Blocks of one size, in the groups that the op makes of them.
 void invert(DType dtype, int64_t count, int64_t n, const char* blocks, double damping, char* inverses, int32_t* info) {
   const CholeskyKernels& kernels = cholesky_kernels(dtype);
-  const int64_t lanes = n <= kInterleaved && count >= kernels.lanes ? kernels.lanes : 1, bytes = n * n * element_size(dtype);
+  const int64_t lanes = kernels.group_size(n, count), bytes = n * n * element_size(dtype);
   const auto job = [&](int64_t i) {
     return Job{{const_cast<char*>(blocks) + i * bytes, dtype, n, 1}, {inverses + i * bytes, dtype, n, 1}, damping, info + i};
   };
