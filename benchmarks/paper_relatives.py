@@ -22,7 +22,7 @@ from __future__ import annotations
 from paper_problems import PROBLEMS
 from paper_relatives_report import write_report
 from paper_runs import Study, main
-from relatives_runs import CONTENDERS, DAMPINGS, INV_UPDATE_STEPS, KL_CLIP, MOMENTUM, RATES, method
+from relatives_runs import CONTENDERS, DAMPINGS, KL_CLIP, MOMENTUM, RATES, method
 
 STUDY = Study(
     name="relatives",
@@ -32,9 +32,7 @@ STUDY = Study(
     rates=RATES,
     dampings=DAMPINGS,
     report=write_report,
-    conditions={
-        "all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}, inverses every {INV_UPDATE_STEPS} steps"
-    },
+    conditions={"all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}"},
 )
 
 if __name__ == "__main__":

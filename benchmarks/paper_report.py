@@ -100,7 +100,7 @@ def mean(curves: Sequence[Sequence[float]]) -> list[float]:
 def _size(problem: Problem, source: str) -> list[str]:
     lines = [
         f"{problem.images} samples ({source}), {problem.epochs} epochs of {problem.steps_per_epoch} batches of "
-        f"{problem.batch}. Loss: {problem.loss}."
+        f"{problem.batch}. Loss: {problem.loss}. Inverses every {problem.inv_update_steps} steps."
     ]
     if problem.published:
         lines.append(f"Published minima, on all of the data and after more epochs: {problem.published}.")

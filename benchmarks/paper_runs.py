@@ -79,7 +79,7 @@ class Method:
         """After a step."""
 
 
-Made = Callable[[Run, nn.Module], Method]
+Made = Callable[[Run, nn.Module, Problem], Method]
 
 
 def plain(run: Run, net: nn.Module, momentum: float) -> torch.optim.Optimizer:
@@ -102,7 +102,7 @@ def train(run: Run, problem: Problem, data: Data, method_of: Made, seconds: floa
     torch.manual_seed(run.seed)
     run.source = data.source
     net = problem.network()
-    method = method_of(run, net)
+    method = method_of(run, net, problem)
     p = method.preconditioner
     sampled = p is not None and p._gatherer.counting.sampled
     elapsed = 0.0

@@ -17,7 +17,7 @@ from __future__ import annotations
 from paper_problems import PROBLEMS
 from paper_runs import Study, main
 from paper_twolevel_report import write_report
-from two_level_runs import CONTENDERS, DAMPINGS, INV_UPDATE_STEPS, KL_CLIP, MOMENTUM, RATES, method
+from two_level_runs import CONTENDERS, DAMPINGS, KL_CLIP, MOMENTUM, RATES, method
 
 STUDY = Study(
     name="twolevel",
@@ -27,9 +27,7 @@ STUDY = Study(
     rates=RATES,
     dampings=DAMPINGS,
     report=write_report,
-    conditions={
-        "all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}, inverses every {INV_UPDATE_STEPS} steps"
-    },
+    conditions={"all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}"},
 )
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from paper_problems import Problem
 from paper_runs import KFAC, PLAIN, Method, Run, plain
 from torch import Tensor, nn
 from two_level_probe import energy, natural_gradient
@@ -14,8 +15,8 @@ from mfac_kernels.preconditioners.coarse import COARSE_SPACES
 TSELEPIDIS = "tselepidis"
 CORRECTED = [*COARSE_SPACES, TSELEPIDIS]
 CONTENDERS = [KFAC, *CORRECTED, *PLAIN]
-RATES, DAMPINGS = (0.001, 0.03, 0.3), (0.01, 0.1)
-MOMENTUM, KL_CLIP, INV_UPDATE_STEPS = 0.9, 0.03, 5
+RATES, DAMPINGS = (0.003, 0.03, 0.3), (0.1, 1.0)
+MOMENTUM, KL_CLIP = 0.9, 0.01
 PROBES = 3  # of a run on the first seed
 
 
@@ -53,11 +54,11 @@ class TwoLevel(Method):
         return updates
 
 
-def method(run: Run, net: nn.Module) -> Method:
+def method(run: Run, net: nn.Module, problem: Problem) -> Method:
     if run.contender in PLAIN:
         return Method(plain(run, net, MOMENTUM))
     assert run.damping is not None
-    options = {"inv_update_steps": INV_UPDATE_STEPS, "kl_clip": KL_CLIP, "lr": run.lr, "fisher_type": "mc"}
+    options = {"inv_update_steps": problem.inv_update_steps, "kl_clip": KL_CLIP, "lr": run.lr, "fisher_type": "mc"}
     if run.contender == KFAC:
         return Method(plain(run, net, MOMENTUM), mk.KFAC(net, run.damping, **options))
     return TwoLevel(run, net, mk.TwoLevelKFAC(net, run.damping, coarse_space=run.contender, **options))
