@@ -25,7 +25,7 @@ help:
 	@echo 'make paper-relatives  K-FAC beside its relatives, Adam and SGD on two problems: benchmarks/results/relatives.*'
 	@echo 'make paper-pruning  ResNet-20 on CIFAR-10 pruned to 50-95%: benchmarks/results/pruning.*; CHECKPOINT=file: that network'
 	@echo 'make paper-gptq  a small transformer, quantised and pruned on layer Hessians: benchmarks/results/quantised_transformer.*'
-	@echo 'make paper-pinn  K-FAC, ENGD and others on four equations, 35 minutes: benchmarks/results/pinn.*'
+	@echo 'make paper-pinn  K-FAC, ENGD and others on four equations, 30 minutes: benchmarks/results/pinn.*'
 	@echo 'make gpt2      K-FAC beside SGD on a GPT-2 of the transformers library: benchmarks/results/gpt2_kfac.*'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'

@@ -2,8 +2,8 @@
 
     SGD, Adam, L-BFGS, implicit SGD, K-FAC, K-FAC*, SPRING, ENGD
 
-Four equations, 3 seeds, the same seconds for every run; about 35 minutes, to be run alone. Each method's setting is the
-best of its grid by the error after a quarter of that time on one seed. Written to --out after every run: pinn.json; a
+Four equations, 3 seeds, the same seconds for every run; about 30 minutes, to be run alone. Each method's setting is the
+best of its grid by the error after fewer seconds on one seed. Written to --out after every run: pinn.json; a
 run that is in it is not repeated. At the end: pinn.md, pinn.png. Equations can be run apart, and merged:
 
     paper_pinn.py --equation heat --out runs/heat
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     command.add_arguments(parser)
     parser.add_argument("--merge", type=Path, nargs="+", metavar="DIR", help="run nothing; report what is there")
     parser.set_defaults(
-        equation=list(EQUATIONS), budget=16.0, search=4.0, seeds=3, threads=1, out=Path("benchmarks/results")
+        equation=list(EQUATIONS), budget=14.0, search=3.0, seeds=3, threads=1, out=Path("benchmarks/results")
     )
     options = parser.parse_args(arguments)
     if options.merge:

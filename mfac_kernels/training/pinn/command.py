@@ -83,6 +83,7 @@ def compare(arguments: argparse.Namespace, conditions: dict[str, Any]) -> int:
         conditions=conditions
         | {
             "budget": f"{arguments.budget:g} s a run, evaluation excluded; float64",
+            "momentum": "0.9 of SGD, K-FAC and SPRING; factor_decay 0.5; L-BFGS: history 50, strong Wolfe",
             "settings": _settings(arguments.search),
             "seeds": f"{arguments.seeds}, geometric means; a seed is its own network and points",
             "points": f"new after {arguments.redraw} steps" if arguments.redraw else "the same in all steps of a run",

@@ -20,6 +20,7 @@ Step = Callable[[list[Term]], Tensor]
 """Moves the network's parameters; returns the loss before."""
 
 _MOMENTUM = 0.9
+_FACTOR_DECAY = 0.5  # points stay the same: averages over many steps are of old parameters
 _HISTORY = 50
 
 
@@ -104,13 +105,21 @@ def _kfac(
     rule: Literal["quadratic_model", "line_search"], net: nn.Sequential, equation: Equation, damping: float
 ) -> Step:
     momentum = 0.0 if rule == "quadratic_model" else _MOMENTUM
-    optimizer = pinn.KFAC(net, equation.condition, equation.boundary, damping, step_rule=rule, momentum=momentum)
+    optimizer = pinn.KFAC(
+        net,
+        equation.condition,
+        equation.boundary,
+        damping,
+        factor_decay=_FACTOR_DECAY,
+        step_rule=rule,
+        momentum=momentum,
+    )
     return lambda terms: optimizer.step(terms[0][1], terms[1][1])
 
 
 _sgd = partial(torch.optim.SGD, momentum=_MOMENTUM)
 _RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-_DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)  # of factors
+_DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1)  # of factors
 _GRAM_DAMPINGS = (1e-10, 1e-8, 1e-6, 1e-4)
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", "learning rate", _RATES, partial(_first_order, _sgd)),
