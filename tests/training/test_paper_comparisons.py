@@ -4,6 +4,7 @@ measurements are made of."""
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,6 +124,8 @@ def test_minimum_of_epochs():
     assert minimum(problem, r) == pytest.approx(4 / 3)
     assert minimum(problem, r, seconds=4.5) == pytest.approx(10 / 3)
     assert minimum(problem, r, seconds=2.5) == float("inf")
+    r.seconds = [0.1] * 7
+    assert minimum(problem, r, seconds=math.fsum([0.1] * 3)) == 4  # one after the other these are more than 0.3
 
 
 @pytest.mark.parametrize("failing", [KFAC, CORRECTED[1], "SGD"])
