@@ -1,13 +1,7 @@
 """Energy natural gradient and SPRING for a physics-informed network: `python -m examples.natural_gradient`.
 
-With residuals r (m,) and their Jacobian O (m, d), m far below d, both scaled by 1 / sqrt(m), a step is
-
-    ENGD     phi = O^T (O O^T + damping I)^-1 r
-    SPRING   phi = mu phi_before + O^T (O O^T + damping I)^-1 (r - mu O phi_before)
-
-(Mueller, Zeinhofer, ICML 2023; Goldshlager, Abrahamsen, Lin, J. Comput. Phys. 2024; both by the m x m matrix as in
-Guzman-Cordero et al., 2025.) O O^T is a Gram matrix, in float64, and so is its Cholesky factor; the two products with O
-are those of a window of gradients. No d x d matrix and no float64 copy of O is made.
+A step of either is :func:`mfac_kernels.pinn.spring` of the residuals and of their Jacobian, here that of torch.func;
+:func:`mfac_kernels.pinn.linearise` has it from one forward Laplacian and one backward pass.
 """
 
 from __future__ import annotations

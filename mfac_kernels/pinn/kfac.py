@@ -131,8 +131,7 @@ class KFAC:
         results = []
         for layer, block in enumerate(blocks):
             first, (a, b) = self.factors(layer)
-            root = self.damping**0.5
-            second = (a + root * torch.eye(len(a)).to(a), b + root * torch.eye(len(b)).to(b))
+            second = _damped(a, self.damping**0.5), _damped(b, self.damping**0.5)  # the sum itself damps its first
             results.append(KroneckerSum(first, second, self.damping).ihvp(block))
         return results
 
@@ -146,3 +145,7 @@ class KFAC:
         for fisher, state in zip(self._fishers, state_dict["fishers"], strict=True):
             fisher.load_state_dict(state)
         copy_into(self._last, state_dict["last"])
+
+
+def _damped(factor: Tensor, shift: float) -> Tensor:
+    return factor + shift * torch.eye(len(factor), dtype=factor.dtype, device=factor.device)

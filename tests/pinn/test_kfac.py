@@ -130,7 +130,39 @@ def test_the_line_search_takes_the_first_minimum_of_the_grid():
         assert torch.equal(vector(start), before)
 
 
-@pytest.mark.parametrize("options", [{}, {"step_rule": "line_search", "momentum": 0.5}])
+OPTIONS = [{}, {"step_rule": "line_search", "momentum": 0.5}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_step_is_of_the_direction_and_the_last_step(options):
+    net = network(2, 4, 1)
+    p = optimizer(net, damping=1e-3, **options)
+    start = vector(net)
+    p.step(*POINTS)
+    last = [block.clone() for block in p.state_dict()["last"]]
+    moved = network(2, 4, 1)
+    pinn.move(moved, last)
+    torch.testing.assert_close(vector(moved), vector(net))
+    assert not torch.equal(vector(net), start)
+
+    twin = optimizer(copy.deepcopy(net), damping=1e-3, **options)
+    twin.load_state_dict(p.state_dict())
+    at = pinn.linearise(twin.net, TERMS)
+    twin.update_factors(at.calls)
+    gradient = at.gradient()
+    direction = [-block for block in twin.ihvp(gradient)]
+    if "momentum" in options:
+        step = [d + 0.5 * before for d, before in zip(direction, last, strict=True)]
+        assert pinn.line_search(twin.net, TERMS, step, at.loss) > 0
+    else:
+        alpha, mu = quadratic_minimum(at, [direction, last], gradient, 1e-3)
+        assert alpha > 0 and mu != 0
+        pinn.move(twin.net, [alpha * d + mu * before for d, before in zip(direction, last, strict=True)])
+    p.step(*POINTS)
+    torch.testing.assert_close(vector(net), vector(twin.net))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_it_solves_and_resumes(options):
     net = network(2, 8, 1)
     p = optimizer(net, damping=1e-4, **options)
