@@ -1,7 +1,8 @@
 """Compiled kernels for second-order information of neural networks; curvature objects and preconditioners over them.
 
 FisherWindow, StaticFisher: inverse-Hessian-vector products from gradients (M-FAC). MFAC: a preconditioner beside any
-torch optimizer. ops: the kernels themselves. build_info, cpu_capability: what was built and what runs.
+torch optimizer. pinn: physics-informed networks. ops: the kernels themselves. build_info, cpu_capability: what was
+built and what runs.
 """
 
 from mfac_kernels import ops, pinn, pruning
