@@ -31,7 +31,9 @@ class Condition:
     weights: Tensor | None = None
 
     def __call__(self, net: nn.Sequential, x: Tensor, record: list[tuple[Tensor, Tensor]] | None = None) -> Tensor:
-        """The residuals (n,)."""
+        """The residuals (n,), of at least one point."""
+        if x.dim() and not len(x):
+            raise ValueError(f"x: expected at least one point, got shape {tuple(x.shape)}")
         rows = forward_laplacian(net, x, self.weights, derivatives=self.derivatives, record=record)
         residuals = self.residual(x, rows)
         if residuals.shape != x.shape[:1]:
@@ -109,7 +111,7 @@ def linearise(net: nn.Sequential, terms: Sequence[Term]) -> Linearisation:
             gradients = torch.autograd.grad(own.sum(), [outputs for _, outputs in seen], materialize_grads=True)
         inputs = [_with_bias(rows.detach(), m) for m, (rows, _) in zip(layers, seen, strict=True)]
         residuals.append(own.detach())
-        weights.append(torch.full_like(residuals[-1], 1 / max(1, len(x))))
+        weights.append(torch.full_like(residuals[-1], 1 / len(x)))
         calls.append([Call(i, a, g, first) for i, (a, g) in enumerate(zip(inputs, gradients, strict=True))])
         first += len(x)
     joined = torch.cat(weights)

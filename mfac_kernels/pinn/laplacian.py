@@ -69,11 +69,14 @@ def forward_laplacian(
         record: gets the inputs and the outputs of each linear layer, (n, d + 2, ...).
 
     Raises:
-        TypeError: a layer that is neither.
+        TypeError: a layer that is neither; points of another dtype than the network's.
         ValueError: shapes that do not fit.
     """
-    if x.dim() != 2:
-        raise ValueError(f"x: expected shape (n, d), got {tuple(x.shape)}")
+    first = next((module for module in net if isinstance(module, nn.Linear)), None)
+    if x.dim() != 2 or (first is not None and x.shape[1] != first.in_features):
+        raise ValueError(f"x: expected shape (n, {'d' if first is None else first.in_features}), got {tuple(x.shape)}")
+    if first is not None and x.dtype != first.weight.dtype:
+        raise TypeError(f"x: expected {first.weight.dtype}, as the network, got {x.dtype}")
     n, d = x.shape
     if weights is not None and tuple(weights.shape) != (d,):
         raise ValueError(f"weights: expected shape ({d},), got {tuple(weights.shape)}")
@@ -93,12 +96,12 @@ def forward_laplacian(
         if type(module) not in ACTIVATIONS:
             known = ", ".join(kind.__name__ for kind in ACTIVATIONS)
             raise TypeError(f"net: expected Linear, or of ACTIVATIONS {known}, got {type(module).__name__}")
-        value, first, second = ACTIVATIONS[type(module)](rows[:, :1])
+        value, slope, bend = ACTIVATIONS[type(module)](rows[:, :1])
         if derivatives:
             squares = rows[:, 1:-1].square()
             if weights is not None:
                 squares = squares * weights[:, None]
-            curved = first * rows[:, -1:] + second * squares.sum(1, keepdim=True)
-            value = torch.cat([value, first * rows[:, 1:-1], curved], 1)
+            curved = slope * rows[:, -1:] + bend * squares.sum(1, keepdim=True)
+            value = torch.cat([value, slope * rows[:, 1:-1], curved], 1)
         rows = value
     return rows

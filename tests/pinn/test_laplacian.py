@@ -43,8 +43,14 @@ def test_an_activation_of_your_own(monkeypatch):
 
 def test_errors():
     net = network(2, 3, 1)
-    with pytest.raises(ValueError, match=r"x: expected shape \(n, d\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"x: expected shape \(n, 2\), got \(2,\)"):
         pinn.forward_laplacian(net, points(2, 2)[0])
+    with pytest.raises(ValueError, match=r"x: expected shape \(n, 2\), got \(4, 3\)"):
+        pinn.forward_laplacian(net, points(4, 3))
+    with pytest.raises(TypeError, match=r"x: expected torch\.float64, as the network, got torch\.float32"):
+        pinn.forward_laplacian(net, points(4, 2).float())
+    with pytest.raises(ValueError, match=r"x: expected at least one point, got shape \(0, 2\)"):
+        pinn.linearise(net, [(EQUATION, points(0, 2))])
     with pytest.raises(ValueError, match=r"weights: expected shape \(2,\), got \(3,\)"):
         pinn.forward_laplacian(net, points(2, 2), torch.ones(3))
     with pytest.raises(ValueError, match=r"residual: expected to return shape \(4,\), got \(4, 1\)"):
