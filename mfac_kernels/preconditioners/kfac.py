@@ -65,7 +65,7 @@ class KFAC(GatheringPreconditioner):
         model: inputs and outputs of its modules have the samples in the first dimension, or see ``batch_dim``.
         damping: > 0.
         factor_update_steps: gather factors every so many steps.
-        inv_update_steps: invert them every so many steps.
+        inv_update_steps: invert them every so many steps; a batch that is refused is a step too.
         factor_decay: of the factors' moving averages, in [0, 1). Averages are debiased.
         kl_clip: scale the update u by min(1, sqrt(kl_clip / (lr^2 <u, gradient>))); None: do not.
         lr: the optimizer's learning rate, for kl_clip alone.
