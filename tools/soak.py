@@ -57,7 +57,7 @@ class Training:
             self.optimizer.step()
 
     def skip(self) -> None:
-        """What a refused batch is: a step that adds nothing; inverses that are due are made of the factors as they are."""
+        """As a refused batch does: nothing is added, and inverses that are due are made of the factors as they are."""
         p = self.preconditioner
         if isinstance(p, mk.KFAC) and p.steps % p.inv_update_steps == 0:
             p.fisher.refresh()
