@@ -1,13 +1,13 @@
 """K-FAC's relatives on real data, at a size for one core: `make paper-relatives`.
 
-    K-FAC; EKFAC; TKFAC; KPSVD; Adam; SGD
+    K-FAC; EKFAC; TKFAC; KPSVD; mini-block Fisher, linear layers with one block for all neurons; K-BFGS; Adam; SGD
 
 The MNIST autoencoder and a convolutional network on CIFAR-10. Every contender chooses its learning rate and damping
 from one grid, by the loss at the end of short runs on one seed, and keeps them. Momentum 0.9, Fisher matrices of labels
-drawn from the model. Batches and initial weights depend on the seed alone. Losses are means of the batches of an epoch.
-Equal epochs: as many steps for all. Equal seconds: what each has reached in the time that K-FAC takes for these, of the
-processor and on one thread; Adam and SGD go on until then, for six times the steps at most. The size: as many steps as
-leave the whole within half an hour.
+drawn from the model (K-BFGS needs none). Batches and initial weights depend on the seed alone. Losses are means of the
+batches of an epoch. Equal epochs: as many steps for all. Equal seconds: what each has reached in the time that K-FAC
+takes for these, of the processor and on one thread; Adam and SGD go on until then, for six times the steps at most. The
+size: as many steps as leave the whole within half an hour.
 
 Written to --out after every run: relatives.json; a run that is in it, or in a file of --merge, is not repeated. At the
 end: relatives.md, .png. Problems may run in processes of their own, and be put together at the end:

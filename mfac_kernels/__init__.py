@@ -14,13 +14,16 @@ from mfac_kernels.fisher.static import StaticFisher
 from mfac_kernels.fisher.window import FisherWindow
 from mfac_kernels.preconditioners import layers
 from mfac_kernels.preconditioners.coarse import CoarseSpace
+from mfac_kernels.preconditioners.kbfgs import KBFGS
 from mfac_kernels.preconditioners.kfac import KFAC
 from mfac_kernels.preconditioners.mfac import MFAC
+from mfac_kernels.preconditioners.mini_block import MiniBlockFisher
 from mfac_kernels.preconditioners.two_level import TwoLevelKFAC
 
 __version__ = str(build_info()["version"])
 
 __all__ = [
+    "KBFGS",
     "KFAC",
     "MFAC",
     "CoarseSpace",
@@ -29,6 +32,7 @@ __all__ = [
     "KroneckerFisher",
     "KroneckerShape",
     "KroneckerSum",
+    "MiniBlockFisher",
     "StaticFisher",
     "TwoLevelKFAC",
     "__version__",

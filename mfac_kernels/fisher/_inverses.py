@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mfac_kernels import ops
+from mfac_kernels.fisher._inversion import Inversion
 from mfac_kernels.fisher._layout import KroneckerShape, multiply_inputs, multiply_outputs, multiply_rows
 from mfac_kernels.fisher._pairs import Pairs
 from mfac_kernels.fisher._stack import Stack, lerp_rows
@@ -71,9 +71,7 @@ class FactoredInverses(Inverses):
         self._inputs = [_identity(stack, stack.shape.input_factor) for stack in stacks]
         self._outputs = [_identity(stack, stack.shape.output_factor) for stack in stacks]
         self._scales = [torch.ones_like(stack.weight) for stack in stacks]
-        place = stacks[0].weight.device if stacks else None
-        # Blocks by what became of them: inverted in float64, at a larger damping, and kept from before
-        self._repeated, self._damped, self._kept = (torch.zeros(1, dtype=torch.int64, device=place) for _ in range(3))
+        self._inversion = Inversion(stacks[0].weight.device if stacks else None)
 
     def refresh(self, damping: float, rows: Sequence[list[int]]) -> None:
         batches: list[Tensor] = []
@@ -94,24 +92,11 @@ class FactoredInverses(Inverses):
                     (outputs, of_outputs, self._outputs[i][row]),
                     (inputs, of_inputs, self._inputs[i][row]),
                 ):
-                    if factor.shape[-1] == 1:
-                        inverse = (factor + shift[..., None, None]).reciprocal()
-                        target.copy_(torch.where(seen[:, None, None, None], inverse, target))
-                        continue
                     batches.append(factor)
                     dampings.append(shift.expand(factor.shape[:2]))
                     targets.append(target)
                     known.append(seen)
-        found = ops.robust_cholesky_inverse(batches, dampings)
-        for target, inverse, attempts, seen in zip(targets, found.inverses, found.attempts, known, strict=True):
-            if target.device.type == "cpu" and not bool(attempts.any()) and bool(seen.all()):
-                target.copy_(inverse)
-                continue
-            failed = attempts < 0
-            target.copy_(torch.where((failed | ~seen[:, None])[..., None, None], target, inverse))
-            self._repeated += (attempts == 1).sum()
-            self._damped += (attempts > 1).sum()
-            self._kept += failed.sum()
+        self._inversion.run(batches, dampings, targets, known)
 
     def _pi(self, shape: KroneckerShape, inputs: Tensor, outputs: Tensor) -> Tensor:
         """(layers, groups), or (layers, 1) where blocks are parts of one factor."""
@@ -135,16 +120,11 @@ class FactoredInverses(Inverses):
         return [self._inputs[i][row], self._outputs[i][row], self._scales[i][row]]
 
     def state_dict(self) -> State:
-        counts = [self._repeated, self._damped, self._kept]
+        counts = self._inversion.counts
         return {"inputs": self._inputs, "outputs": self._outputs, "scales": self._scales, "counts": counts}
 
     def diagnostics(self) -> dict[str, float]:
-        """Blocks since the start: inverted in float64; with a larger damping; not at all, their last inverse kept."""
-        return {
-            "blocks_in_float64": int(self._repeated),
-            "blocks_damped": int(self._damped),
-            "blocks_kept": int(self._kept),
-        }
+        return self._inversion.diagnostics()
 
 
 class Eigenbases(Inverses):

@@ -1,4 +1,4 @@
-"""What K-FAC refuses, or says, of the layers that it found."""
+"""What K-FAC and its relatives refuse, or say, of the layers that they found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mfac_kernels.preconditioners.layers.base import Layer
 from mfac_kernels.preconditioners.layers.find import ASKED
 
 
-def check_layers(layers: Sequence[Layer], skipped: Mapping[str, str]) -> None:
+def check_layers(owner: str, layers: Sequence[Layer], skipped: Mapping[str, str]) -> None:
     """ValueError: none, or on several devices. Warns of modules left alone unasked, and of layers taken twice."""
     if not layers:
         raise ValueError(f"model: expected layers to precondition, found none; left alone: {skipped}")
@@ -23,13 +23,13 @@ def check_layers(layers: Sequence[Layer], skipped: Mapping[str, str]) -> None:
     unasked = {n: why for n, why in skipped.items() if why not in ASKED}
     if unasked:
         listed = "; ".join(f"{name}: {why}" for name, why in unasked.items())
-        warnings.warn(f"KFAC leaves the gradients of these modules as they are: {listed}", stacklevel=3)
+        warnings.warn(f"{owner} leaves the gradients of these modules as they are: {listed}", stacklevel=4)
     twice = next((layer.title for layer in layers if is_gathered(layer)), None)
     if twice is not None:
         warnings.warn(
-            f"KFAC: another one is made for {twice}: both precondition its gradient unless remove_hooks() of the "
+            f"{owner}: another one is made for {twice}: both precondition its gradient unless remove_hooks() of the "
             "first is called and its step() no longer",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

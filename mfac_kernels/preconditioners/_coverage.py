@@ -23,11 +23,12 @@ class Coverage:
 
     def check_frozen(self) -> None:
         """RuntimeError if a parameter that was frozen is trained."""
+        owner = self._gatherer.owner
         for name, p in self._frozen.items():
             if p.requires_grad:
                 raise RuntimeError(
-                    f"KFAC: {name} was frozen at construction and requires a gradient now, but its layer has no "
-                    "factors for it; construct a new KFAC over the layers that are trained"
+                    f"{owner}: {name} was frozen at construction and requires a gradient now, but its layer has no "
+                    "factors for it; construct a new {owner} over the layers that are trained"
                 )
 
     def without_factors(self, shared: bool) -> list[str]:
@@ -50,12 +51,13 @@ class Coverage:
         """Once, in a step that has use for factors."""
         if self._warned:
             return
+        owner = self._gatherer.owner
         said = {self._layers[i].title for i in self._gatherer.unfit}
         names = [name for name in self.without_factors(shared) if name not in said]
-        what = "KFAC leaves the gradients of these layers as they are, as it has no factors of them"
+        what = f"{owner} leaves the gradients of these layers as they are, as it has no factors of them"
         if not names and self._gatherer.idle:
             names = [layer.title for layer in self._layers if layer.weight.grad is not None]
-            what = "KFAC saw no call of these layers in this step: their factors are those of earlier batches"
+            what = f"{owner} saw no call of these layers in this step: their factors are those of earlier batches"
         if names:
             self._warned = True
             warnings.warn(
@@ -68,10 +70,11 @@ class Coverage:
         """Once: layers that count other samples than the rest."""
         unlike = self._gatherer.sizes.unlike()
         if unlike:
+            owner = self._gatherer.owner
             listed = "; ".join(f"{name}: {samples}" for name, samples in unlike.items())
             warnings.warn(
-                "KFAC takes the first dimension of a layer's inputs for the samples of the batch; these layers have "
-                f"other numbers of them: {listed}. If their inputs are shared by the samples, expand them over the "
-                "batch, or give batch_size=",
+                f"{owner} takes the first dimension of a layer's inputs for the samples of the batch; these layers "
+                f"have other numbers of them: {listed}. If their inputs are shared by the samples, expand them over "
+                "the batch, or give batch_size=",
                 stacklevel=4,
             )

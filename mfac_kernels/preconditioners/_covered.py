@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -76,23 +76,26 @@ class Covered:
         return text
 
 
+def kronecker_row(layer: Layer, itemsize: int, moments: int) -> CoveredLayer:
+    """Of a layer with two factors; the others as for :meth:`Memory.of`."""
+    outputs = "1" if layer.shape.unit else factor_text(layer.shape.output_factor)
+    size = Memory.of(layer.shape, itemsize, moments).total
+    return covered_row(layer, factor_text(layer.shape.input_factor), outputs, size)
+
+
+def covered_row(layer: Layer, inputs: str, outputs: str, size: int) -> CoveredLayer:
+    """``size``: bytes."""
+    parameters = layer.shape.groups * layer.shape.outputs * layer.shape.columns
+    return CoveredLayer(layer.title, type(layer.module).__name__, parameters, inputs, outputs, size / 1e6)
+
+
 def covered(
-    model: nn.Module, layers: Sequence[Layer], skipped: Mapping[str, str], itemsize: int, moments: int
+    model: nn.Module, layers: Sequence[Layer], skipped: Mapping[str, str], row: Callable[[Layer], CoveredLayer]
 ) -> Covered:
-    """``skipped``: names of modules, and why they are left alone; the others as for :meth:`Memory.of`."""
+    """``skipped``: names of modules, and why they are left alone."""
     with_factors = {id(p) for layer in layers for p in layer.parameters()}
     return Covered(
-        layers=tuple(
-            CoveredLayer(
-                name=layer.title,
-                kind=type(layer.module).__name__,
-                parameters=layer.shape.groups * layer.shape.outputs * layer.shape.columns,
-                inputs=factor_text(layer.shape.input_factor),
-                outputs="1" if layer.shape.unit else factor_text(layer.shape.output_factor),
-                megabytes=Memory.of(layer.shape, itemsize, moments).total / 1e6,
-            )
-            for layer in layers
-        ),
+        layers=tuple(row(layer) for layer in layers),
         left_alone=tuple(
             LeftAlone(
                 name or "the model itself",

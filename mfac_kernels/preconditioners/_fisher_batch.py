@@ -36,10 +36,12 @@ class FisherBatch:
     A layer with a call that has not a row for each sample (its input is shared by all) is left out of the step.
 
     Args:
+        owner: whose it is, for messages.
         fraction: of the samples of each pass that are kept, at least one.
     """
 
-    def __init__(self, layers: Sequence[Layer], counting: Counting, fraction: float) -> None:
+    def __init__(self, layers: Sequence[Layer], counting: Counting, fraction: float, owner: str) -> None:
+        self._owner = owner
         self._layers, self._counting, self.fraction = list(layers), counting, fraction
         self.maps = [layer.linear_map() for layer in layers]
         self.clear()
@@ -114,7 +116,7 @@ class FisherBatch:
         for layer, tensor, version in self._versions:
             if tensor._version != version:
                 raise RuntimeError(
-                    f"TwoLevelKFAC: the input of {layer.title}, or its output's gradient, was written to in place "
+                    f"{self._owner}: the input of {layer.title}, or its output's gradient, was written to in place "
                     "between its backward pass and step()"
                 )
         parts = [

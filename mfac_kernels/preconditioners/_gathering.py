@@ -62,6 +62,7 @@ class Gatherer:
     """Hooks on layers that add to the sums of a :class:`KroneckerFisher`.
 
     Attributes:
+        owner: whose it is, for messages.
         active: whether the next step has use for factors.
         kept: where calls are kept until the step, whether factors are gathered or not; None: nowhere.
         sampling, paused: inside the contexts of these names.
@@ -71,7 +72,15 @@ class Gatherer:
         unfit: why calls of a layer cannot be counted.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[Layer], fisher: KroneckerFisher, counting: Counting) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        fisher: KroneckerFisher,
+        counting: Counting,
+        owner: str = "KFAC",
+    ) -> None:
+        self.owner = owner
         self._model, self._layers, self.fisher, self.counting = model, list(layers), fisher, counting
         self.active, self.sampling, self.paused = True, False, 0
         self.kept: FisherBatch | None = None
@@ -114,7 +123,7 @@ class Gatherer:
             self.idle = False
             if i not in self.unfit:
                 self.unfit[i] = why
-                warnings.warn(f"KFAC leaves the gradient of {layer.title} as it is: {why}", stacklevel=2)
+                warnings.warn(f"{self.owner} leaves the gradient of {layer.title} as it is: {why}", stacklevel=2)
             return
         x = layer.samples_first(x, self.counting.batch_dim)
         positions = layer.positions_of(x, layer.own_outputs(output.detach(), self.counting.batch_dim))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mfac_kernels.fisher._checks import one_of, positive_int
 from mfac_kernels.preconditioners.layers.base import Layer
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 
@@ -25,6 +26,13 @@ class Counting:
     batch_size: int | None
     batch_dim: int
     gather: Gather
+
+    def __post_init__(self) -> None:
+        one_of("loss_average", self.loss_average, ("batch", "positions", "sum"))
+        one_of("gather", self.gather, ("train", "always"))
+        one_of("batch_dim", self.batch_dim, (0, 1))
+        self.accumulation_steps = positive_int("accumulation_steps", self.accumulation_steps)
+        self.batch_size = None if self.batch_size is None else positive_int("batch_size", self.batch_size)
 
     @property
     def by_position(self) -> bool:

@@ -8,20 +8,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mfac_kernels.fisher._checks import one_of, positive_int
+from mfac_kernels.fisher._checks import one_of
 from mfac_kernels.fisher._state import check_entries
 from mfac_kernels.fisher.kronecker import Approximate, KroneckerFisher
-from mfac_kernels.preconditioners._construction import check_approximate, check_layers
+from mfac_kernels.preconditioners._construction import check_approximate
 from mfac_kernels.preconditioners._coverage import Coverage
-from mfac_kernels.preconditioners._covered import Covered, covered
+from mfac_kernels.preconditioners._covered import covered, kronecker_row
 from mfac_kernels.preconditioners._distributed import ProcessGroup, Ranks
 from mfac_kernels.preconditioners._gathered import GatheringPreconditioner
 from mfac_kernels.preconditioners._gathering import Gatherer
 from mfac_kernels.preconditioners._memory import check_memory
 from mfac_kernels.preconditioners._sizes import Counting, Gather, LossAverage
-from mfac_kernels.preconditioners.base import Hyperparameter, own_gradients
+from mfac_kernels.preconditioners.base import Hyperparameter
 from mfac_kernels.preconditioners.layers.base import Approximation, Layer, Normalization, Options, Spatial
-from mfac_kernels.preconditioners.layers.find import Names, find_layers
+from mfac_kernels.preconditioners.layers.find import Names
 from mfac_kernels.preconditioners.layers.forms import Form, blocks_by_name
 from mfac_kernels.preconditioners.layers.kinds import register
 
@@ -148,43 +148,45 @@ class KFAC(GatheringPreconditioner):
         max_layer_bytes: int | None = 8 << 30,
         process_group: ProcessGroup | Literal["default"] | None = "default",
     ) -> None:
-        super().__init__()
         one_of("spatial", spatial, ("full", "sua"))
         one_of("approximation", approximation, ("expand", "reduce"))
         one_of("fisher_type", fisher_type, ("empirical", "mc"))
-        one_of("loss_average", loss_average, ("batch", "positions", "sum"))
         one_of("normalization", normalization, ("unit", "diagonal", "skip"))
-        one_of("gather", gather, ("train", "always"))
-        one_of("batch_dim", batch_dim, (0, 1))
         if eigen_correction and spatial == "sua":
             raise ValueError('eigen_correction: expected spatial "full", got "sua"')
-        self._model = model
-        self.damping, self.factor_decay, self.kl_clip, self.lr = damping, factor_decay, kl_clip, lr
-        self.factor_update_steps = positive_int("factor_update_steps", factor_update_steps)
-        self.inv_update_steps = positive_int("inv_update_steps", inv_update_steps)
-        self.scaler = scaler
-        input_block, output_block = group_size if isinstance(group_size, tuple) else (group_size, group_size)
-        if loss_average == "positions":
-            approximation = "expand"  # of samples that have one position each, both are the same
-        inputs, outputs = blocks_by_name("input", input, model), blocks_by_name("output", output, model)
-        masked = masked or approximate != "kfac"  # A is not kept in compressed form
-        options = Options(spatial, approximation, input_block, output_block, masked, normalization, inputs, outputs)
-        names = Names(None if include is None else tuple(include), tuple(skip_layers))
-        self._layers, self.skipped_layers = find_layers(model, options, names)
-        check_layers(self._layers, self.skipped_layers)
-        check_approximate(approximate, self._layers)
-        dtype = torch.float64 if any(q.weight.dtype == torch.float64 for q in self._layers) else torch.float32
-        moments = 1 + eigen_correction if damping_style == "exact" else 0
-        check_memory(self._layers, dtype.itemsize, moments, max_layer_bytes)
-        self._covered = covered(model, self._layers, self.skipped_layers, dtype.itemsize, moments)
         counting = Counting(
             loss_average=loss_average,
             sampled=fisher_type == "mc",
-            reduce=approximation == "reduce",
-            accumulation_steps=positive_int("accumulation_steps", accumulation_steps),
-            batch_size=None if batch_size is None else positive_int("batch_size", batch_size),
+            reduce=approximation == "reduce" and loss_average != "positions",  # one position each: both are the same
+            accumulation_steps=accumulation_steps,
+            batch_size=batch_size,
             batch_dim=batch_dim,
             gather=gather,
+        )
+        input_block, output_block = group_size if isinstance(group_size, tuple) else (group_size, group_size)
+        inputs, outputs = blocks_by_name("input", input, model), blocks_by_name("output", output, model)
+        masked = masked or approximate != "kfac"  # A is not kept in compressed form
+        reduced: Approximation = "reduce" if counting.reduce else "expand"
+        options = Options(spatial, reduced, input_block, output_block, masked, normalization, inputs, outputs)
+        names = Names(None if include is None else tuple(include), tuple(skip_layers))
+        super().__init__(
+            model,
+            damping,
+            factor_update_steps=factor_update_steps,
+            inv_update_steps=inv_update_steps,
+            factor_decay=factor_decay,
+            kl_clip=kl_clip,
+            lr=lr,
+            scaler=scaler,
+            options=options,
+            names=names,
+        )
+        check_approximate(approximate, self._layers)
+        dtype = self._dtype
+        moments = 1 + eigen_correction if damping_style == "exact" else 0
+        check_memory(self._layers, dtype.itemsize, moments, max_layer_bytes)
+        self._covered = covered(
+            model, self._layers, self.skipped_layers, lambda layer: kronecker_row(layer, dtype.itemsize, moments)
         )
         self._ranks = Ranks(process_group)
         self._ranks.check_layers({layer.title: layer.shape for layer in self._layers})
@@ -240,10 +242,6 @@ class KFAC(GatheringPreconditioner):
         """Whether backward passes before the next step gather factors."""
         return self._factors_due
 
-    @property
-    def _factors_due(self) -> bool:
-        return self.steps % self.factor_update_steps == 0
-
     # ---- the step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -254,13 +252,7 @@ class KFAC(GatheringPreconditioner):
             ValueError: a hyper-parameter's function returned a value out of range.
             RuntimeError: a parameter that was frozen at construction is trained. Nothing changes in either case.
         """
-        damping, decay = self._at_step("damping"), self._decay()
-        clip = self._clip()
-        if not damping > 0:
-            raise ValueError(f"damping: expected a positive number, got {damping}")
-        self._coverage.check_frozen()
-        own_gradients(p for layer in self._layers for p in layer.parameters())
-        gradients = [layer.gradient() for layer in self._layers]
+        damping, decay, clip, gradients = self._begin()
         self.fisher.damping, self.fisher.factor_decay = damping, decay
         if self._factors_due:
             self._coverage.warn(self._ranks.count > 1)
@@ -273,41 +265,12 @@ class KFAC(GatheringPreconditioner):
             self._ranks.share_refresh(self.fisher)
         updates = self._updates(gradients, refreshed)
         self._gatherer.begin()
-        if clip is not None:
-            product = torch.stack([(u * g).sum() for u, g in zip(updates, gradients, strict=True)]).sum()
-            torch._foreach_mul_(updates, (clip / product.clamp(min=0)).sqrt().clamp(max=1.0))
-        for layer, update in zip(self._layers, updates, strict=True):
-            layer.assign(update)
-        self.steps += 1
+        self._finish(self._bounded(gradients, updates, clip))
         self._gatherer.active = self._factors_due
 
     def _updates(self, gradients: list[Tensor], refreshed: bool) -> list[Tensor]:
         """What becomes of the gradients, before ``kl_clip``; ``refreshed``: the inverses are new."""
         return self.fisher.ihvp(gradients)
-
-    def _output_scale(self) -> Tensor | None:
-        """1 / scale^2 of the loss, on the device."""
-        if self.scaler is None or not self.scaler.is_enabled():
-            return None
-        scale = self.scaler._get_scale_async()
-        return None if scale is None else scale.double().reciprocal().square()
-
-    def _clip(self) -> float | None:
-        """What bounds <u, gradient>; None: nothing does, as where the learning rate is 0."""
-        if self.kl_clip is None:
-            return None
-        kl_clip, lr = self._at_step("kl_clip"), self._at_step("lr")
-        if not kl_clip > 0:
-            raise ValueError(f"kl_clip: expected a positive number or None, got {kl_clip}")
-        if not lr >= 0:
-            raise ValueError(f"lr: expected a number >= 0, got {lr}")
-        return kl_clip / lr**2 if lr > 0 else None
-
-    def _decay(self) -> float:
-        decay = self._at_step("factor_decay")
-        if not 0 <= decay < 1:
-            raise ValueError(f"factor_decay: expected a number in [0, 1), got {decay}")
-        return decay
 
     def diagnostics(self) -> dict[str, float]:
         """steps; seen and skipped batches; layers_without_factors: how many have a gradient and no factors; what
@@ -315,13 +278,6 @@ class KFAC(GatheringPreconditioner):
         """
         without = len(self._coverage.without_factors(self._ranks.count > 1))
         return {"steps": self.steps, **self.fisher.diagnostics(), "layers_without_factors": without}
-
-    def covered(self) -> Covered:
-        """What has factors, of which form and size, and what has none, and why: a table, as at construction."""
-        return self._covered
-
-    def __str__(self) -> str:
-        return f"{type(self).__name__}: {self.covered()}"
 
     def state_dict(self) -> dict[str, Any]:
         """Between backward passes and their step, with what they have gathered."""

@@ -96,7 +96,7 @@ class TwoLevelKFAC(KFAC):
         self.combination, self.omega = combination, omega
         super().__init__(model, damping, **options)
         self._omega()
-        self._batch = FisherBatch(self._layers, self._gatherer.counting, fisher_batch)
+        self._batch = FisherBatch(self._layers, self._gatherer.counting, fisher_batch, "TwoLevelKFAC")
         self._gatherer.kept = self._batch
         self._basis: Basis | None = None
         device = self.fisher.refused.device

@@ -229,11 +229,25 @@ class Layer(ABC):
 
     def gradient(self) -> Tensor:
         """(groups * outputs, columns); zero where there is none."""
-        parts = [self.part(gradient_of(self.weight)).flatten(1)]
+        return self._matrix(gradient_of)
+
+    def matrix(self) -> Tensor:
+        """The parameters themselves, as :meth:`gradient` has their gradients."""
+        return self._matrix(torch.Tensor.detach)
+
+    def _matrix(self, of: Callable[[Tensor], Tensor]) -> Tensor:
+        parts = [self.part(of(self.weight)).flatten(1)]
         if self.shape.bias:
             assert self.bias is not None
-            parts.append(self.part(gradient_of(self.bias))[:, None])
+            parts.append(self.part(of(self.bias))[:, None])
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def move(self, matrix: Tensor, scale: float) -> None:
+        """Add scale times a matrix, shaped as :meth:`gradient`, to the parameters."""
+        weight = self.part(self.weight.data)
+        weight.add_(matrix[:, : matrix.shape[1] - self.shape.bias].reshape(weight.shape), alpha=scale)
+        if self.shape.bias and self.bias is not None:
+            self.part(self.bias.data).add_(matrix[:, -1], alpha=scale)
 
     def assign(self, matrix: Tensor) -> None:
         """Overwrite the gradients that there are."""
