@@ -118,7 +118,7 @@ def plot_errors(curves: Mapping[str, list[tuple[str, list[Run]]]], path: Path) -
         MissingDependency: matplotlib is not installed.
     """
     figures = require("matplotlib.figure", "matplotlib", "to draw the curves")
-    figure = figures.Figure(figsize=(1 + 4.2 * max(1, len(curves)), 4.2), dpi=120, layout="constrained")
+    figure = figures.Figure(figsize=(2 + 4.2 * max(1, len(curves)), 4.2), dpi=120, layout="constrained")
     panels = figure.subplots(1, max(1, len(curves)), squeeze=False)[0]
     labels = list(METHODS)
     for axes, (equation, of_methods) in zip(panels, curves.items(), strict=False):
@@ -131,8 +131,15 @@ def plot_errors(curves: Mapping[str, list[tuple[str, list[Run]]]], path: Path) -
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("relative L2 error")
-    panels[0].legend(frameon=False, fontsize=8)
+    figure.legend(*_distinct(panels), loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path)
+
+
+def _distinct(panels: Any) -> tuple[list[Any], list[str]]:
+    """Lines and labels of all panels, in the order of the methods, each once."""
+    lines = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    labels = [method.label for method in METHODS.values() if method.label in lines]
+    return [lines[label] for label in labels], labels
 
 
 def _published(equation: str) -> list[str]:
