@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from two_level_probe import energy
 
 import mfac_kernels as mk
 from mfac_kernels.fisher.jacobian import sample_dots
+from mfac_kernels.preconditioners._gathered import GatheringPreconditioner
 from mfac_kernels.preconditioners.coarse import COARSE_SPACES
 
 DAMPING, STEPS = 0.1, 10
@@ -31,17 +33,25 @@ SHAPES = {"mnist": (512, 784), "cifar10": (100, 3, 32, 32)}
 CONTENDERS = [*COARSE_SPACES, "tselepidis", "residual, a quarter of the batch"]
 
 
+Make = Callable[[nn.Module, str], GatheringPreconditioner]
+
+
 class Stepper:
     """``STEPS`` steps of a preconditioner, one of which inverts; of a problem's network, or of another."""
 
-    def __init__(self, problem: str, contender: str, net: nn.Module | None = None, samples: int | None = None) -> None:
+    def __init__(
+        self, problem: str, contender: str, make: Make, net: nn.Module | None = None, samples: int | None = None
+    ) -> None:
         torch.manual_seed(0)
         self.problem = PROBLEMS[problem]
         self.net = self.problem.network() if net is None else net
         self.x = torch.rand(SHAPES[problem])[:samples].clone()
         categorical = isinstance(self.problem.likelihood, Categorical)
+        self.closures: tuple[Callable[[], None], ...] = ()
         self.y = torch.randint(10, (len(self.x),)) if categorical else self.x
-        self.p = preconditioner(self.net, contender)
+        self.p = make(self.net, contender)
+        if isinstance(self.p, mk.KBFGS):
+            self.closures = (self.backward,)
 
     def backward(self) -> None:
         self.net.zero_grad()
@@ -50,7 +60,7 @@ class Stepper:
     def __call__(self) -> None:
         for _ in range(STEPS):
             self.backward()
-            self.p.step()
+            self.p.step(*self.closures)
 
 
 def preconditioner(net: nn.Module, contender: str) -> mk.KFAC:
@@ -75,23 +85,25 @@ def verify(stepper: Stepper) -> None:
     assert p.diagnostics()["coarse_fallbacks"] == 0
 
 
-def megabytes(problem: str, contender: str) -> float:
-    command = [sys.executable, __file__, problem, contender]
+def megabytes(script: str, problem: str, contender: str) -> float:
+    """Of a script that calls :func:`measure`."""
+    command = [sys.executable, script, problem, contender]
     return float(subprocess.run(command, capture_output=True, check=True).stdout)
 
 
 @pytest.mark.parametrize("problem", SHAPES)
 def test_whole_step(race, problem):
-    steppers = {name: Stepper(problem, name) for name in CONTENDERS}
+    steppers = {name: Stepper(problem, name, preconditioner) for name in CONTENDERS}
     for stepper in steppers.values():
         verify(stepper)
-    memory = {name: megabytes(problem, name) for name in ("K-FAC", *CONTENDERS)}
-    race(f"{STEPS} steps of K-FAC", PROBLEMS[problem].title, Stepper(problem, "K-FAC"), steppers, megabytes=memory)
+    memory = {name: megabytes(__file__, problem, name) for name in ("K-FAC", *CONTENDERS)}
+    kfac = Stepper(problem, "K-FAC", preconditioner)
+    race(f"{STEPS} steps of K-FAC", PROBLEMS[problem].title, kfac, steppers, megabytes=memory)
 
 
 @pytest.mark.parametrize("problem", SHAPES)
 def test_share_of_the_dots(race, problem):
-    stepper = Stepper(problem, "residual")
+    stepper = Stepper(problem, "residual", preconditioner)
     verify(stepper)
     stepper.backward()
     calls = [call for call, _ in stepper.p._batch._calls]
@@ -112,10 +124,14 @@ def small(problem: str) -> nn.Module:
     return nn.Sequential(nn.Linear(channels, 2), nn.Linear(2, channels))
 
 
-if __name__ == "__main__":
-    named = sys.argv[1], sys.argv[2]
-    Stepper(*named, net=small(named[0]), samples=4)()  # what is loaded once
+def measure(make: Make, problem: str, contender: str) -> None:
+    """Print the megabytes that ten steps take, in a process of their own."""
+    Stepper(problem, contender, make, net=small(problem), samples=4)()  # what is loaded once
     taken = watch()
-    measured = Stepper(*named)
+    measured = Stepper(problem, contender, make)
     measured()
     print(taken() / 1e6)
+
+
+if __name__ == "__main__":
+    measure(preconditioner, *sys.argv[1:])

@@ -37,18 +37,15 @@ def method(run: Run, net: nn.Module, problem: Problem) -> Method:
     if run.contender in PLAIN:
         return Method(optimizer)
     assert run.damping is not None
+    options = {"kl_clip": KL_CLIP, "lr": run.lr, "fisher_type": "mc", "inv_update_steps": problem.inv_update_steps}
     kind = QuasiNewton if run.contender == KBFGS else Method
-    return kind(optimizer, preconditioner(run.contender, net, run.damping, KL_CLIP, run.lr, problem.inv_update_steps))
+    return kind(optimizer, preconditioner(run.contender, net, run.damping, **options))
 
 
-def preconditioner(
-    contender: str, net: nn.Module, damping: float, kl_clip: float | None, lr: float, inv_update_steps: int
-) -> GatheringPreconditioner:
+def preconditioner(contender: str, net: nn.Module, damping: float, **options: Any) -> GatheringPreconditioner:
     """``linear="mean"``: a block of each neuron of the autoencoder would take 5 GB for its first layer alone."""
-    common: dict[str, Any] = {"kl_clip": kl_clip, "lr": lr}
     if contender == KBFGS:
-        return mk.KBFGS(net, damping, **common)
-    common |= {"inv_update_steps": inv_update_steps, "fisher_type": "mc"}
+        return mk.KBFGS(net, damping, **{key: options[key] for key in ("kl_clip", "lr") if key in options})
     if contender == MINI_BLOCK:
-        return mk.MiniBlockFisher(net, damping, linear="mean", **common)
-    return mk.KFAC(net, damping, **common, **KFACS[contender])
+        return mk.MiniBlockFisher(net, damping, linear="mean", **options)
+    return mk.KFAC(net, damping, **options, **KFACS[contender])

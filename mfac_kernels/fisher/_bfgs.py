@@ -65,7 +65,7 @@ class InverseFactors:
         finite = [t.isfinite().all() for pair in pairs for t in pair[:4]]
         accepted = accepted & torch.stack(finite).all()
         take = accepted.double()
-        fresh = self._weights[list(layers)] == 0
+        fresh = torch.stack([self._weights[layer] for layer in layers]) == 0
         damped = []
         for layer, pair in zip(layers, pairs, strict=True):
             average = self._averages[layer]

@@ -103,7 +103,8 @@ class KBFGS(KeptPreconditioner):
             TypeError: no closure, in a step that has use for one.
             ValueError: a hyper-parameter's function returned a value out of range.
             RuntimeError: a parameter that was frozen at construction is trained; the closure reaches other layers than
-                the passes before. Nothing changes in any case.
+                the passes before. Nothing changes in any case, but after an error of the closure the batch is to be
+                repeated.
         """
         damping, decay, clip, gradients = self._begin()
         lr = self._at_step("lr")
@@ -190,7 +191,7 @@ class Means:
         shape = layer.shape
         dtype, device = kept.jacobian.dtype, kept.jacobian.device
         count = (shape.groups, shape.outputs)
-        self.covariance = torch.zeros(shape.input_factor, dtype=dtype, device=device)
+        self.covariance = torch.zeros(shape.input_factor if covariance else 0, dtype=dtype, device=device)
         self.input = torch.zeros(shape.groups, shape.columns, dtype=dtype, device=device)
         self.gradient = torch.zeros(count, dtype=dtype, device=device)
         refused = torch.zeros(1, dtype=torch.int32, device=device)
@@ -206,8 +207,8 @@ class Means:
             ones = g[:, : shape.groups] if spatial else g[..., :1]
             self.input += one_output.weight_gradient(call.inputs, torch.ones_like(ones))
             total += len(g) * layer.positions(g)
-            factor = self.covariance[0] if shape.groups == 1 else self.covariance
             if covariance:
+                factor = self.covariance[0] if shape.groups == 1 else self.covariance
                 layer.add_inputs(factor, call.inputs, Add(min(n, 1), 1 / kept.samples, refused))
         self.positions = total / kept.samples
         self.input /= total

@@ -18,7 +18,7 @@ from mfac_kernels.preconditioners.layers.base import Add, Layer
 from mfac_kernels.preconditioners.layers.convolution import ConvLayer
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 
-_AT_A_TIME = 1 << 22  # elements of per-sample gradients
+_AT_A_TIME = 1 << 22  # elements of per-sample gradients, and of patches
 
 
 class MiniBlockFisher(KeptPreconditioner):
@@ -100,8 +100,9 @@ class MiniBlockFisher(KeptPreconditioner):
         """Over the samples of a batch, of one layer."""
         layer, shape = self._layers[i], self.blocks.shapes[i]
         totals = self.blocks.empty(i)
-        at_once = max(1, _AT_A_TIME // (shape.rows * shape.columns))
         for calls in kept.passes(i):
+            largest = max(shape.rows, *(call.repeats * layer.positions(call.gradients) for call in calls))
+            at_once = max(1, _AT_A_TIME // (largest * shape.columns))
             scaled = [kept.scaled(call) for call in calls]
             if layer.shape.unit:
                 for call, g in zip(calls, scaled, strict=True):
