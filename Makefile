@@ -14,7 +14,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel clean
+.PHONY: help install demo test bench paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel docs clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
@@ -34,6 +34,7 @@ help:
 	@echo 'make cuda-wheel  a wheel for CUDA in dist/cuda, built, imported and fake-run; needs no GPU'
 	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; DRY=1: on the CPU'
 	@echo 'make wheel     a wheel in dist/'
+	@echo 'make docs      the documentation site: build/docs/index.html'
 	@echo 'make install   the build alone'
 	@echo 'make clean     remove what was built (not the environment)'
 	@echo
@@ -168,6 +169,9 @@ gpu:
 wheel: $(stamp)
 	rm -rf dist build/lib*
 	$(pip) wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+docs: $(stamp) $(stamp)-docs
+	$(bin)/sphinx-build -q -W --keep-going docs build/docs
 
 clean:
 	rm -rf build dist *.egg-info mfac_kernels/*.so $(stamp) $(stamp)-*

@@ -24,10 +24,11 @@ Run = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor | N
 class RobustInverse(NamedTuple):
     """What :func:`robust_cholesky_inverse` returns: three lists with an entry per batch, in the order of the batches.
 
-    inverses: (..., n, n), NaN where ``attempts`` is negative.
-    attempts: (...) int32: 0, as asked; 1, in float64; 1 + k, in float64 with the k-th larger damping; -1, the block
-        is not finite; -2, failed up to the bound.
-    dampings: (...) float64, of the inverse; for a block without one, the last that was tried.
+    Attributes:
+        inverses: (..., n, n), NaN where ``attempts`` is negative.
+        attempts: (...) int32: 0, as asked; 1, in float64; 1 + k, in float64 with the k-th larger damping; -1, the block
+            is not finite; -2, failed up to the bound.
+        dampings: (...) float64, of the inverse; for a block without one, the last that was tried.
     """
 
     inverses: list[Tensor]

@@ -137,13 +137,14 @@ def conv_factor_(
     ``groups`` it is (groups, C / groups k + bias, ...), one for each group. ``kernel_size=1`` gives the factor of the
     output gradients.
 
-    spatial: ``"full"``; or ``"sua"``: pixels of one patch are taken for uncorrelated, (C + bias)^2, the Frobenius
-        projection of the full factor onto I (x) C: the mean over the offsets of its diagonal blocks (each with the bias
-        column). Right at any stride, padding and dilation.
-    approximation: ``"expand"``, a row for each output position; or ``"reduce"``, one for each sample: its summed
-        patches.
-    algorithm: ``"tiles"`` for any geometry; ``"lags"`` and ``"fft"`` for stride 1, full, expand, see
-        :mod:`mfac_kernels.ops.lags`; ``"auto"`` picks the fastest that is exact enough.
+    Args:
+        spatial: ``"full"``; or ``"sua"``: pixels of one patch are taken for uncorrelated, (C + bias)^2, the Frobenius
+            projection of the full factor onto I (x) C: the mean over the offsets of its diagonal blocks (each with the
+            bias column). Right at any stride, padding and dilation.
+        approximation: ``"expand"``, a row for each output position; or ``"reduce"``, one for each sample: its summed
+            patches.
+        algorithm: ``"tiles"`` for any geometry; ``"lags"`` and ``"fft"`` for stride 1, full, expand, see
+            :mod:`mfac_kernels.ops.lags`; ``"auto"`` picks the fastest that is exact enough.
     """
     op = f"conv{dims}d_factor_"
     geometry = geometry_of(op, dims, kernel_size, stride, padding, dilation)

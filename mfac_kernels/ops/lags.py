@@ -51,10 +51,12 @@ def conv2d_lags_(
     Of what :func:`~mfac_kernels.ops.conv2d_factor_` accumulates with ``spatial="full"``, ``approximation="expand"`` and
     a stride of 1; the arguments are the same. state: of :func:`conv2d_lags_size`, contiguous; not read if ``beta=0``.
 
-    algorithm: ``"lags"``, sums over pixels, each entry as accurate as if it had been computed alone; ``"fft"``, on the
-        CPU, by way of the frequencies, accurate to a few 1e-7 in norm; ``"auto"``, the one that should be faster. At
-        most 16 samples at a time, the frequencies give way to sums over pixels where the pixels that all kernel
-        offsets meet have less than 1/16 of the sum of squares of a channel: their error is relative to the whole plane.
+    Args:
+        algorithm: ``"lags"``, sums over pixels, each entry as accurate as if it had been computed alone; ``"fft"``, on
+            the CPU, by way of the frequencies, accurate to a few 1e-7 in norm; ``"auto"``, the one that should be
+            faster. At most 16 samples at a time, the frequencies give way to sums over pixels where the pixels that all
+            kernel offsets meet have less than 1/16 of the sum of squares of a channel: their error is relative to the
+            whole plane.
     """
     geometry = geometry_of("conv2d_lags_", 2, kernel_size, 1, padding, dilation)
     check(

@@ -92,11 +92,11 @@ class GatheringPreconditioner(Preconditioner):
     def sampling(self) -> Iterator[None]:
         """Backward passes inside are those of labels drawn from the model: they leave ``.grad`` as it was.
 
-        logits = model(x)
-        with preconditioner.sampling():
-            labels = torch.distributions.Categorical(logits=logits.detach()).sample()
-            cross_entropy(logits, labels).backward(retain_graph=True)
-        cross_entropy(logits, y).backward()
+            logits = model(x)
+            with preconditioner.sampling():
+                labels = torch.distributions.Categorical(logits=logits.detach()).sample()
+                cross_entropy(logits, labels).backward(retain_graph=True)
+            cross_entropy(logits, y).backward()
 
         They give both factors. Of several through one forward pass A enters with the first, B with each.
         """

@@ -25,8 +25,9 @@ _BITS = (2, 16)
 class Quantized(NamedTuple):
     """What a weight has become, in the order of ``weight.flatten(1)`` (for transformers' Conv1D: of ``weight.T``).
 
-    codes: (rows, columns) int32, from 0 to 2^bits - 1.
-    scale, zero: (rows, groups), one for each ``group_size`` consecutive columns; zero has integers.
+    Attributes:
+        codes: (rows, columns) int32, from 0 to 2^bits - 1.
+        scale, zero: (rows, groups), one for each ``group_size`` consecutive columns; zero has integers.
     """
 
     codes: Tensor

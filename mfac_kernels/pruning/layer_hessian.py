@@ -144,12 +144,12 @@ class LayerHessian(Mapping[str, Tensor]):
         """The layers in parts that fit into ``memory``, in the order of the model; what a part has gathered is let go
         when the next is asked for.
 
-        for shard in hessians.shards():
-            with shard:
-                for batch in data:
-                    model(batch)
-            for name, hessian in shard.items():
-                mk.pruning.gptq(shard.layer(name), hessian, bits=4)
+            for shard in hessians.shards():
+                with shard:
+                    for batch in data:
+                        model(batch)
+                for name, hessian in shard.items():
+                    mk.pruning.gptq(shard.layer(name), hessian, bits=4)
 
         So later layers see what has become of earlier ones.
 

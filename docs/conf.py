@@ -1,0 +1,51 @@
+"""The documentation site: `make docs` builds it, in build/docs."""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import docstrings
+
+import mfac_kernels
+
+project = "mfac_kernels"
+author = "the mfac_kernels authors"
+version = release = mfac_kernels.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+
+myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_heading_anchors = 3
+
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 80
+add_module_names = False
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+html_theme = "furo"
+html_title = f"mfac_kernels {release}"
+html_copy_source = False
+
+
+def link_files(content):
+    """Markdown files outside these pages, as results of benchmarks, are files to download."""
+    content[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", content[0])
+
+
+def from_the_root(content):
+    """README, which the first page includes: its links lead from the folder above."""
+    content[0] = re.sub(r"\]\((?!\w+:)", "](../", content[0]).replace("](../docs/", "](")
+    link_files(content)
+
+
+def setup(app):
+    # Before napoleon, which makes fields of "Args:" and its like.
+    app.connect("autodoc-process-docstring", docstrings.process, priority=400)
+    app.connect("source-read", lambda app, name, content: link_files(content))
+    app.connect("include-read", lambda app, path, parent, content: from_the_root(content))
