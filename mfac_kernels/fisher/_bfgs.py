@@ -25,7 +25,10 @@ class Pair(NamedTuple):
 
 
 class InverseFactors:
-    """H_A and H_B of every layer, the identity at first; ``left_out`` (): updates whose s^T y was not positive."""
+    """H_A and H_B of every layer, the identity at first.
+
+    ``left_out`` (): updates whose s^T y was not positive; ``started``: which H_A have an inverse to go on from.
+    """
 
     def __init__(self, shapes: Sequence[KroneckerShape], dtype: torch.dtype, device: torch.device) -> None:
         self.shapes = list(shapes)
@@ -36,6 +39,7 @@ class InverseFactors:
 
         self._averages = [each(s.groups, s.columns, s.columns) for s in shapes]  # of A
         self._weights = torch.zeros(len(self.shapes), dtype=torch.float64, device=device)  # of these
+        self.started = [False] * len(self.shapes)
         self._pairs = [each(2, s.groups, s.outputs) for s in shapes]  # averages of s and of y
         self._inputs = [torch.eye(s.columns).to(each(1)).repeat(s.groups, 1, 1) for s in shapes]
         self._outputs = [torch.eye(s.outputs).to(each(1)).repeat(s.groups, 1, 1) for s in shapes]
@@ -65,7 +69,6 @@ class InverseFactors:
         finite = [t.isfinite().all() for pair in pairs for t in pair[:4]]
         accepted = accepted & torch.stack(finite).all()
         take = accepted.double()
-        fresh = torch.stack([self._weights[layer] for layer in layers]) == 0
         damped = []
         for layer, pair in zip(layers, pairs, strict=True):
             average = self._averages[layer]
@@ -75,27 +78,28 @@ class InverseFactors:
             matrix = (average / weight).to(average)
             matrix.diagonal(dim1=-2, dim2=-1).add_(math.sqrt(damping * pair.positions))
             damped.append(matrix)
-        begun = self._begin(layers, damped, fresh & accepted)
+        fresh = [k for k, layer in enumerate(layers) if not self.started[layer]]
+        if fresh:
+            self._start([layers[k] for k in fresh], [damped[k] for k in fresh], accepted)
         for k, (layer, pair, matrix) in enumerate(zip(layers, pairs, damped, strict=True)):
             inputs, outputs = self._inputs[layer], self._outputs[layer]
-            s = (inputs @ pair.input[..., None])[..., 0]
-            y = (matrix @ s[..., None])[..., 0]
-            self._take(inputs, s, y, accepted & ~begun[k])
+            if k not in fresh:
+                s = (inputs @ pair.input[..., None])[..., 0]
+                self._take(inputs, s, (matrix @ s[..., None])[..., 0], accepted)
             kept = self._pairs[layer]
             kept.lerp_(torch.where(accepted, torch.stack([pair.output, pair.gradient]), kept), 1 - pair_decay)
             shift = math.sqrt(damping / pair.positions)
             self._take(outputs, *double_damped(outputs, kept[0], kept[1], mu, shift), accepted)
         return accepted
 
-    def _begin(self, layers: Sequence[int], damped: Sequence[Tensor], fresh: Tensor) -> Tensor:
-        """H_A of layers that have seen no batch: the inverse. (layers,) which had none."""
-        if fresh.device.type == "cpu" and not bool(fresh.any()):
-            return fresh
+    def _start(self, layers: Sequence[int], damped: Sequence[Tensor], accepted: Tensor) -> None:
+        """H_A of layers that have seen no batch: the inverse. Elsewhere than on the CPU nobody asks whether their first
+        batch was accepted: if it was not, H_A goes on from the identity."""
         found = ops.robust_cholesky_inverse(damped)
-        for k, (layer, inverse, attempts) in enumerate(zip(layers, found.inverses, found.attempts, strict=True)):
-            use = (fresh[k] & (attempts >= 0))[:, None, None]
+        for layer, inverse, attempts in zip(layers, found.inverses, found.attempts, strict=True):
+            use = (accepted & (attempts >= 0))[:, None, None]
             self._inputs[layer].copy_(torch.where(use, inverse, self._inputs[layer]))
-        return fresh
+            self.started[layer] = accepted.device.type != "cpu" or bool(accepted)
 
     def _take(self, h: Tensor, s: Tensor, y: Tensor, accepted: Tensor) -> None:
         updated, fits = bfgs(h, s, y)
@@ -106,6 +110,7 @@ class InverseFactors:
         return {
             "averages": self._averages,
             "weights": self._weights,
+            "started": torch.tensor(self.started),
             "pairs": self._pairs,
             "inputs": self._inputs,
             "outputs": self._outputs,

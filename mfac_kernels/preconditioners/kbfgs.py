@@ -179,6 +179,10 @@ class KBFGS(KeptPreconditioner):
     def _state(self) -> dict[str, Any]:
         return self.factors.state_dict()
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.factors.started = state_dict["state"]["started"].tolist()
+
 
 class Means:
     """Of a layer over the passes of a step.

@@ -28,9 +28,13 @@ KINDS = {
     "two-level, residual": {"coarse_space": "krylov_residual"},
     "two-level, balanced": {"coarse_space": "krylov_nicolaides", "combination": "balanced", "fisher_batch": 0.5},
     "two-level, tselepidis": {"coarse_space": "tselepidis"},
+    "mini-block": {},
+    "mini-block, means": {"linear": "mean"},
+    "K-BFGS": {},
     "M-FAC": None,
 }
-pytestmark = pytest.mark.filterwarnings("ignore:KFAC leaves")
+pytestmark = pytest.mark.filterwarnings("ignore:(KFAC|KBFGS) leaves")
+Preconditioner = mk.KFAC | mk.MiniBlockFisher | mk.KBFGS | mk.MFAC
 
 
 def network(device: str, dtype: torch.dtype = F64) -> nn.Module:
@@ -56,21 +60,29 @@ def batch(device: str, seed: int, dtype: torch.dtype = F64) -> tuple[Tensor, Ten
     return x.to(device, dtype), torch.randint(5, (6,), generator=generator).to(device)
 
 
-def preconditioner(net: nn.Module, kind: str) -> mk.KFAC | mk.MFAC:
+def preconditioner(net: nn.Module, kind: str) -> Preconditioner:
     options = KINDS[kind]
     if options is None:
         return mk.MFAC(net.parameters(), ngrads=4, damping=1e-2, dtype=next(net.parameters()).dtype)
-    kfac = mk.TwoLevelKFAC if "coarse_space" in options else mk.KFAC
-    return kfac(net, 1e-2, kl_clip=1e-2, **options)
+    method = {"mini-block": mk.MiniBlockFisher, "K-BFGS": mk.KBFGS, "two-level": mk.TwoLevelKFAC}
+    return method.get(kind.split(",")[0], mk.KFAC)(net, 1e-2, kl_clip=1e-2, **options)
 
 
-def step(net: nn.Module, p: mk.KFAC | mk.MFAC, x: Tensor, y: Tensor) -> list[Tensor]:
+def finish(net: nn.Module, p: Preconditioner, x: Tensor, y: Tensor) -> None:
+    """The preconditioner's step, after the backward pass."""
+    if isinstance(p, mk.KBFGS):
+        p.step(lambda: F.cross_entropy(net(x), y).backward())
+    else:
+        p.step()
+
+
+def step(net: nn.Module, p: Preconditioner, x: Tensor, y: Tensor) -> list[Tensor]:
     """The preconditioned gradients, which replace those of the last step where these lie."""
     for parameter in net.parameters():
         if parameter.grad is not None:
             parameter.grad.zero_()
     F.cross_entropy(net(x), y).backward()
-    p.step()
+    finish(net, p, x, y)
     return [parameter.grad for parameter in net.parameters()]
 
 
@@ -184,7 +196,7 @@ def test_a_step_reads_nothing_back(kind):
         x, y = batch("cpu", seed)
         F.cross_entropy(net(x), y).backward()
         with NothingIsRead() if seed else nullcontext():
-            p.step()
+            finish(net, p, x, y)
 
 
 def test_gradients_that_share_memory(kind, device):
@@ -197,7 +209,7 @@ def test_gradients_that_share_memory(kind, device):
         for parameter in net.parameters():
             one = torch.ones((), dtype=F64, device=device).expand(parameter.shape)
             parameter.grad = one if shares else one.contiguous()
-        p.step()
+        finish(net, p, *batch(device, 0))
         results.append([parameter.grad for parameter in net.parameters()])
     assert_same(*results, rtol=0)
 
