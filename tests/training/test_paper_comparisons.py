@@ -107,6 +107,8 @@ def test_relatives_of_two_processes_put_together(tmp_path, monkeypatch):
         assert (len(r.losses) == r.steps) or (r.contender in PLAIN and len(r.losses) > r.steps)
     text = (tmp_path / "relatives.md").read_text()
     assert all(f"## {problem.title}" in text for problem in TINY.values())
+    assert text.count("At equal epochs lower than K-FAC's by more than two deviations of the seeds: ") == len(TINY)
+    assert "- K-BFGS: outperforms or performs comparably" in text
     assert (tmp_path / "relatives.png").read_bytes().startswith(b"\x89PNG")
 
 
