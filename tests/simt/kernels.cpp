@@ -8,14 +8,24 @@ using namespace mfac_kernels;
 
 namespace {
 
-enum class Fault { none, missing_barrier, ragged_end, unwritten_output, wrong_mask, shared_read, shared_write, divergent_barrier };
+enum class Fault {
+  none,
+  missing_barrier,
+  ragged_end,
+  unwritten_output,
+  wrong_mask,
+  shared_read,
+  shared_write,
+  shared_size,
+  divergent_barrier
+};
 
 constexpr int kThreads = 128, kWarps = kThreads / kWarpSize;
 
 // out[row] = sum of x[row, :n], a block per row
 template <Fault fault>
 __global__ void sum_rows(const float* x, int64_t n, int64_t stride, float* out) {
-  MFAC_SHARED(float, sums, kWarps);
+  MFAC_SHARED(float, sums, fault == Fault::shared_size ? 5000 : kWarps);
   MFAC_DYNAMIC_SHARED(float, first);
   const int thread = static_cast<int>(threadIdx.x);
   const float* row = x + blockIdx.x * stride;
@@ -39,7 +49,8 @@ bool is_right() {
   std::vector<float> x(kRows * kStride, 1e9f), out(kRows, NAN);
   for (int64_t r = 0; r < kRows; ++r)
     for (int64_t c = 0; c < kColumns; ++c) x[r * kStride + c] = static_cast<float>(r + c);
-  (void)launch(sum_rows<fault>, dim3(kRows), dim3(kThreads), sizeof(float), nullptr, x.data(), kColumns, kStride, out.data());
+  (void)launch(sum_rows<fault>, dim3(kRows), dim3(kThreads), fault == Fault::shared_size ? kDynamicWithoutAsking : sizeof(float), nullptr,
+               x.data(), kColumns, kStride, out.data());
   for (int64_t r = 0; r < kRows; ++r)
     if (out[r] != static_cast<float>(r * kColumns + kColumns * (kColumns - 1) / 2)) return false;
   return true;
@@ -55,5 +66,6 @@ int main(int, char** argv) {
                     {"wrong_mask", is_right<Fault::wrong_mask>},
                     {"shared_read", is_right<Fault::shared_read>},
                     {"shared_write", is_right<Fault::shared_write>},
+                    {"shared_size", is_right<Fault::shared_size>},
                     {"divergent_barrier", is_right<Fault::divergent_barrier>}});
 }

@@ -19,6 +19,7 @@ FAULTS = {
     "wrong_mask": r"error: warp operation whose mask leaves out the lane that calls it: block \(\d, 0, 0\), thread",
     "shared_read": r"error: shared memory accessed out of bounds: block \(\d, 0, 0\), thread \(0, 0, 0\)",
     "shared_write": r"error: shared memory written out of bounds: block \(\d, 0, 0\)",
+    "shared_size": "error: launch: expected at most 49152 bytes of shared memory, got 52768",
     "divergent_barrier": r"error: __syncthreads that threads reach at different lines: block .*kernels\.cpp:\d+",
 }
 

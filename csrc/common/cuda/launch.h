@@ -20,11 +20,16 @@
 
 namespace mfac_kernels {
 
+// A block has 48 KB of shared memory, and more dynamic memory where a launch asks for it: 48 KB less the static arrays of kernels that have
+// both.
+constexpr size_t kDynamicWithoutAsking = 32 << 10;
+
 #if defined(MFAC_KERNELS_SIMT)
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t bytes, cudaStream_t, const Arguments&... arguments) {
-  simt::launch(grid, block, bytes, [&] { kernel(arguments...); });
+  constexpr size_t kUnasked = 48 << 10, kAsked = 227 << 10;  // the largest there is
+  simt::launch(grid, block, bytes, bytes > kDynamicWithoutAsking ? kAsked : kUnasked, [&] { kernel(arguments...); });
   return cudaSuccess;
 }
 
@@ -46,8 +51,7 @@ using Shared = simt::Shared<T>;
 
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t bytes, cudaStream_t stream, const Arguments&... arguments) {
-  constexpr size_t kWithoutAsking = 32 << 10;  // 48 KB less the static arrays of kernels that have dynamic ones too
-  if (bytes > kWithoutAsking) {
+  if (bytes > kDynamicWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
     if (error != cudaSuccess) return error;
   }

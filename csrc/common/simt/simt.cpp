@@ -80,6 +80,7 @@ struct Block {
   int predicates = 0, predicates_of_last_barrier = 0;
   std::unique_ptr<Arena> dynamic;
   std::map<const void*, Arena> arrays;
+  size_t most_shared = 0;
   const std::function<void()>* body = nullptr;
   Thread* current = nullptr;
   Context scheduler;
@@ -233,7 +234,10 @@ void run_block(Block& block, const Stacks& stacks, std::mt19937_64& random) {
     if (!arena.intact()) throw Error("shared memory written out of bounds: block " + text(block.index));
   };
   check(*block.dynamic);
-  for (const auto& [key, arena] : block.arrays) check(arena);
+  size_t bytes = block.dynamic->bytes();
+  for (const auto& [key, arena] : block.arrays) check(arena), bytes += arena.bytes();
+  if (bytes > block.most_shared)
+    throw Error("launch: expected at most " + std::to_string(block.most_shared) + " bytes of shared memory, got " + std::to_string(bytes));
 }
 
 Order requested_order() {
@@ -255,7 +259,7 @@ Order& current_order() {
 Order order() { return current_order(); }
 void set_order(Order order) { current_order() = order; }
 
-void launch(dim3 grid, dim3 block_size, size_t dynamic_shared, const std::function<void()>& body) {
+void launch(dim3 grid, dim3 block_size, size_t dynamic_shared, size_t most_shared, const std::function<void()>& body) {
   const uint64_t threads = uint64_t(block_size.x) * block_size.y * block_size.z;
   if (threads == 0 || threads > kMaxThreads)
     throw Error("launch: expected 1 to " + std::to_string(kMaxThreads) + " threads in a block, got " + std::to_string(threads));
@@ -266,6 +270,7 @@ void launch(dim3 grid, dim3 block_size, size_t dynamic_shared, const std::functi
   block.grid = grid;
   block.body = &body;
   block.dynamic = std::make_unique<Arena>(dynamic_shared);
+  block.most_shared = most_shared;
 
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   std::mt19937_64 random(blocks);

@@ -69,8 +69,8 @@ enum class Order { forward, reverse, random };
 Order order();  // the one in use; at start that of MFAC_KERNELS_SIMT_ORDER
 void set_order(Order);
 
-// Runs body once per thread of the grid. Throws what a thread throws, and Error.
-void launch(dim3 grid, dim3 block, size_t dynamic_shared, const std::function<void()>& body);
+// Runs body once per thread of the grid. Throws what a thread throws, and Error. most_shared: bytes, of static and dynamic arrays together.
+void launch(dim3 grid, dim3 block, size_t dynamic_shared, size_t most_shared, const std::function<void()>& body);
 
 // The thread that is running
 const uint3& thread_index();
