@@ -20,8 +20,8 @@ CLAIMS = {
     "on three autoencoders (Koroko et al. 2022)",
     MINI_BLOCK: "a cost of a step only slightly above that of first-order methods, on GPUs; effective in time and in "
     "generalization on autoencoders and convolutional networks (Bahamou et al. 2023)",
-    KBFGS: "outperforms or performs comparably to K-FAC and first-order methods on autoencoders (Goldfarb et al. 2020), "
-    "outperforms the latter on convolutional networks (Ren et al. 2021)",
+    KBFGS: "outperforms or performs comparably to K-FAC and first-order methods on autoencoders "
+    "(Goldfarb et al. 2020), outperforms the latter on convolutional networks (Ren et al. 2021)",
 }
 """Of the papers' abstracts."""
 
