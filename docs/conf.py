@@ -7,17 +7,25 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import docstrings
+from docutils.nodes import SkipNode
+from docutils.utils.math import MathError
+from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.util import logging
 
 import mfac_kernels
+
+logger = logging.getLogger(__name__)
 
 project = "mfac_kernels"
 author = "the mfac_kernels authors"
 version = release = mfac_kernels.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 3
+
+highlight_language = "text"  # formulas, commands; what is Python says so
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "signature"
@@ -28,9 +36,12 @@ add_module_names = False
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"mfac_kernels {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 
 
 def link_files(content):
@@ -44,7 +55,27 @@ def from_the_root(content):
     link_files(content)
 
 
+def mathml(node, as_block=False):
+    """What browsers read as it is: no script, and no network to fetch one from."""
+    try:
+        return tex2mathml(node.astext(), as_block=as_block)
+    except MathError as error:
+        logger.warning("%s", error, location=node)
+        return ""
+
+
+def inline_math(writer, node):
+    writer.body.append(mathml(node))
+    raise SkipNode
+
+
+def displayed_math(writer, node):
+    writer.body.append(f'<div class="math">{mathml(node, as_block=True)}</div>')
+    raise SkipNode
+
+
 def setup(app):
+    app.add_html_math_renderer("mathml", (inline_math, None), (displayed_math, None))
     # Before napoleon, which makes fields of "Args:" and its like.
     app.connect("autodoc-process-docstring", docstrings.process, priority=400)
     app.connect("source-read", lambda app, name, content: link_files(content))
