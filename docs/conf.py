@@ -17,7 +17,6 @@ import mfac_kernels
 logger = logging.getLogger(__name__)
 
 project = "mfac_kernels"
-author = "the mfac_kernels authors"
 version = release = mfac_kernels.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
@@ -40,6 +39,7 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"mfac_kernels {release}"
 html_copy_source = False
+html_show_copyright = False
 html_static_path = ["_static"]
 html_css_files = ["pages.css"]
 

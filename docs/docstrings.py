@@ -36,6 +36,8 @@ def rst(lines: list[str]) -> list[str]:
         elif indented and not section and not before.strip() and not literal:
             made += ["::", ""]
             literal = True
+        if line == "Returns:":  # to napoleon, what precedes a colon in its text is a type
+            line = ":returns:"
         made.append(line if literal else escaped(line))
         before = line
     return made
@@ -45,4 +47,4 @@ def process(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[
     """Sphinx's hook: changes ``lines`` in place."""
     lines[:] = rst(lines)
     if what in ("attribute", "data", "property"):
-        lines.insert(0, "")  # or napoleon takes what precedes a colon in the first line for a type
+        lines[:0] = ["..", ""]  # a comment, or napoleon takes what precedes a colon in the first line for a type

@@ -56,6 +56,10 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {mk.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [
@@ -63,8 +67,9 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         ("See :func:`gram_`, b.", "See :func:`gram_`, b."),
         ("As\n\n    a * b\n\n    c\n\nand so on.", "As\n\n::\n\n    a * b\n\n    c\n\nand so on."),
         ("Args:\n    x: |x|\n\n    y: two.", "Args:\n    x: \\|x\\|\n\n    y: two."),
+        ("Returns:\n    the mask: of b.", ":returns:\n    the mask: of b."),
     ],
-    ids=["markup in mathematics", "roles", "indented", "sections"],
+    ids=["markup in mathematics", "roles", "indented", "sections", "returns"],
 )
 def test_docstrings_become_what_they_look_like(given: str, expected: str) -> None:
     assert "\n".join(docstrings().rst(given.split("\n"))) == expected
