@@ -14,12 +14,13 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel docs clean
+.PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel abi-check docs clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
 	@echo 'make test      build, then run the tests'
-	@echo 'make bench     build, then run the benchmarks'
+	@echo 'make bench     build, then run the benchmarks; RECORD=dir: results.json and results.md there'
+	@echo 'make bench-compare OLD=file NEW=file  what moved between two such results.json'
 	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
 	@echo 'make paper-twolevel  K-FAC and its coarse corrections on four problems: benchmarks/results/twolevel.*'
 	@echo 'make paper-relatives  K-FAC beside its relatives, Adam and SGD on two problems: benchmarks/results/relatives.*'
@@ -33,7 +34,8 @@ help:
 	@echo 'make cuda-check  every CUDA kernel compiled for the default architectures; registers, shared memory, spills'
 	@echo 'make cuda-wheel  a wheel for CUDA in dist/cuda, built, imported and fake-run; needs no GPU'
 	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; DRY=1: on the CPU'
-	@echo 'make wheel     a wheel in dist/'
+	@echo 'make wheel     a manylinux wheel in dist/'
+	@echo 'make abi-check  that wheel on torch 2.10, 2.11 and 2.13, each in an environment of its own: gigabytes'
 	@echo 'make docs      the documentation site: build/docs/index.html'
 	@echo 'make install   the build alone'
 	@echo 'make clean     remove what was built (not the environment)'
@@ -89,7 +91,10 @@ test: $(stamp) $(stamp)-test $(stamp)-peers
 	$(bin)/pytest
 
 bench: $(stamp) $(stamp)-test
-	$(bin)/pytest benchmarks
+	$(bin)/pytest benchmarks $(if $(RECORD),--record $(RECORD))
+
+bench-compare:
+	$(PYTHON) benchmarks/compare.py $(OLD) $(NEW)
 
 paper-fig1: $(stamp) $(stamp)-demo
 	$(bin)/python benchmarks/paper_fig1.py
@@ -166,9 +171,16 @@ gpu:
 	$(PYTHON) tools/gpu.py $(RESULTS) $(if $(DRY),--dry-run)
 
 # build/lib* would carry files into the wheel that the tree no longer has.
-wheel: $(stamp)
-	rm -rf dist build/lib*
-	$(pip) wheel --no-build-isolation --no-deps --wheel-dir dist .
+# For every distribution of its libc or a later one; the libraries of torch and of CUDA are those of the torch it meets.
+wheel: $(stamp) $(stamp)-dist
+	rm -rf dist build/lib* build/wheel
+	$(pip) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH=$(bin):$$PATH $(bin)/auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' \
+	  --exclude 'libcudart*' build/wheel/*.whl
+	$(bin)/twine check --strict dist/*.whl
+
+abi-check: wheel
+	$(bin)/python tools/abi_check.py dist/*.whl
 
 docs: $(stamp) $(stamp)-docs
 	$(bin)/sphinx-build -q -W --keep-going docs build/docs

@@ -110,15 +110,16 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
             for _ in range(rounds):
                 time_the_others()
                 times.append(timer(ours))
-            seconds = statistics.median(times)
         else:
             benchmark.pedantic(repeat_ours, setup=time_the_others, rounds=rounds)
-            seconds = benchmark.stats.stats.median / calls
+            times = [sample / calls for sample in benchmark.stats.stats.data]
+        low, seconds, high = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else times * 3
         medians = {name: statistics.median(times[1:]) for name, times in samples.items()}
         row: dict[str, Any] = {
             "kernel": kernel,
             "case": case,
             "ms": seconds * 1e3,
+            "quartiles": [low * 1e3, high * 1e3],
             "ratios": {name: medians[name] / seconds for name in others},
             "gates": gates or {},
         }
