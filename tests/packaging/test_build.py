@@ -140,6 +140,18 @@ def test_ops_use_the_stable_interfaces_only():
 
 
 @needs_binutils
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda path: path.name.split(".")[0])
+def test_binaries_ask_for_no_library_newer_than_manylinux_2_34(binary):
+    newest = {"GLIBC": (2, 34), "GLIBCXX": (3, 4, 29), "CXXABI": (1, 3, 13)}  # auditwheel's policy
+    if mk.build_info()["sanitized"]:
+        pytest.skip("a sanitizer build is for no wheel")
+    found = set(re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI)_([0-9.]+)", output("readelf", "-V", "--wide", binary)))
+    assert found
+    for library, version in found:
+        assert tuple(map(int, version.split("."))) <= newest[library], f"{library}_{version}"
+
+
+@needs_binutils
 def test_record_depends_on_no_torch():
     (binary,) = BINARIES[1:]
     assert not re.findall(r"\(NEEDED\).*(?:torch|c10)", output("readelf", "--dynamic", binary))
