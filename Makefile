@@ -17,7 +17,7 @@ sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h
 .PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel abi-check docs clean
 
 help:
-	@echo 'make demo      build, then train on CIFAR-10 with SGD and with M-FAC: runs/demo'
+	@echo 'make demo      build, then train on CIFAR-10 with SGD, Adam, M-FAC and K-FAC: runs/demo'
 	@echo 'make test      build, then run the tests'
 	@echo 'make bench     build, then run the benchmarks; RECORD=dir: results.json and results.md there'
 	@echo 'make bench-compare OLD=file NEW=file  what moved between two such results.json'
@@ -85,7 +85,7 @@ install: $(stamp)
 # ---- use ------------------------------------------------------------------------------------------------------------------------
 
 demo: $(stamp) $(stamp)-demo
-	$(bin)/mfac-kernels train --data cifar10 --fallback --optimizers sgd,mfac --budget $(BUDGET) --out runs/demo
+	$(bin)/mfac-kernels train --data cifar10 --fallback --optimizers sgd,adam,mfac,kfac --budget $(BUDGET) --out runs/demo
 
 test: $(stamp) $(stamp)-test $(stamp)-peers
 	$(bin)/pytest

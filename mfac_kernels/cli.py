@@ -37,7 +37,7 @@ _DEFAULT_MODELS = {
 _EXAMPLES = """\
 examples:
   mfac-kernels info                                    what this build can do
-  mfac-kernels train                                   SGD, M-FAC, K-FAC and two-level K-FAC on CIFAR-10
+  mfac-kernels train                                   SGD, Adam, M-FAC, K-FAC, two-level K-FAC on CIFAR-10
   mfac-kernels train --data digits --steps 300         no network needed
   mfac-kernels train --help
 """

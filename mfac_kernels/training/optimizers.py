@@ -15,6 +15,7 @@ __all__ = [
     "CHOSEN",
     "GRID",
     "GRID_STEPS",
+    "AdamConfig",
     "KFACConfig",
     "MFACConfig",
     "OptimizerConfig",
@@ -32,6 +33,7 @@ class OptimizerConfig:
 
     name: ClassVar[str]  # on the command line and in files
     label: ClassVar[str]  # in tables and figures
+    origin: ClassVar[str]  # of the default settings
 
     lr: float  # of the first step; it decays linearly to zero over the run
     momentum: float = 0.9
@@ -54,6 +56,7 @@ class SGDConfig(OptimizerConfig):
 
     name = "sgd"
     label = "SGD"
+    origin = "the best of its grid (benchmarks/results/cifar10_grid.md)"
 
     def build(self, model: nn.Module) -> Built:
         optimizer = torch.optim.SGD(
@@ -63,11 +66,25 @@ class SGDConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True)
+class AdamConfig(OptimizerConfig):
+    """torch's Adam; momentum is its first beta."""
+
+    name = "adam"
+    label = "Adam"
+    origin = "the best of its grid (benchmarks/results/cifar10_grid_adam.md)"
+
+    def build(self, model: nn.Module) -> Built:
+        betas = (self.momentum, 0.999)
+        return torch.optim.Adam(model.parameters(), lr=self.lr, betas=betas, weight_decay=self.weight_decay), None
+
+
+@dataclass(frozen=True)
 class MFACConfig(OptimizerConfig):
     """Plain SGD on the gradients that M-FAC preconditions."""
 
     name = "mfac"
     label = "M-FAC"
+    origin = "the best of its grid (benchmarks/results/cifar10_grid.md)"
 
     ngrads: int = 128
     damping: float = 1e-4
@@ -93,6 +110,7 @@ class KFACConfig(OptimizerConfig):
 
     name = "kfac"
     label = "K-FAC"
+    origin = "the best of its grid (benchmarks/results/cifar10_grid_kfac.md)"
 
     damping: float = 0.03
     inv_update_steps: int = 10
@@ -124,6 +142,7 @@ class TwoLevelConfig(KFACConfig):
 
     name = "kfac-two-level"
     label = "two-level K-FAC"
+    origin = "those of K-FAC, with no grid of its own"
 
     coarse_space: str = "nicolaides"
     omega: float = 1.0
@@ -135,6 +154,7 @@ class TwoLevelConfig(KFACConfig):
 _NORMALIZATIONS: tuple[tuple[int, _Normalize], ...] = ((128, "seen"), (512, "ngrads"), (512, "seen"))
 GRID: dict[str, tuple[OptimizerConfig, ...]] = {
     "sgd": tuple(SGDConfig(lr=lr) for lr in (0.03, 0.1, 0.3)),
+    "adam": tuple(AdamConfig(lr=lr) for lr in (3e-4, 1e-3, 3e-3, 1e-2)),
     "mfac": (
         *(MFACConfig(lr=lr, damping=damping) for damping in (1e-4, 3e-5) for lr in (5e-4, 1e-3, 2e-3)),
         # A wide window is slow to start if the sum is divided by its size from the first gradient on.
@@ -148,6 +168,7 @@ GRID_STEPS = 240
 # steps (benchmarks/results/cifar10_grid*.md); `mfac-kernels train --grid` repeats the search.
 CHOSEN: dict[str, OptimizerConfig] = {
     "sgd": SGDConfig(lr=0.1),
+    "adam": AdamConfig(lr=3e-3),
     "mfac": MFACConfig(lr=1e-3, damping=1e-4),
     "kfac": KFACConfig(lr=0.01, damping=0.03),
     "kfac-two-level": TwoLevelConfig(lr=0.01, damping=0.03),

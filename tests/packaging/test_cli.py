@@ -47,7 +47,7 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--budget", "-3"], "above 0, got '-3'"),
         (["train", "--budget", "nan"], "above 0, got 'nan'"),
         (["train", "--steps", "3", "--budget", "3"], "not allowed with"),
-        (["train", "--optimizers", "sgd,adam"], "unknown optimizer 'adam': choose from sgd, mfac"),
+        (["train", "--optimizers", "sgd,lion"], "unknown optimizer 'lion': choose from sgd, adam, mfac"),
         (["train", "--data", "imagenet"], "invalid choice: 'imagenet'"),
     ],
 )
@@ -70,16 +70,19 @@ def test_train_writes_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for module in ("sklearn", "matplotlib", "tqdm"):
         pytest.importorskip(module)
     out = tmp_path / "demo"
-    command = f"train --data digits --steps 5 --optimizers sgd,mfac,kfac,kfac-two-level --batch-size 32 --out {out}"
+    command = f"train --data digits --steps 5 --optimizers sgd,adam,mfac,kfac --batch-size 32 --out {out}"
     assert cli.main([*command.split(), "--seed", "3", "--threads", "1"]) == 0
     assert {path.name for path in out.iterdir()} == {"results.json", "report.md", "curves.png"}
     content = json.loads((out / "results.json").read_text())
     assert content["seed"] == 3
     assert content["threads"] == 1
-    assert [run["optimizer"] for run in content["runs"]] == ["sgd", "mfac", "kfac", "kfac-two-level"]
+    assert [run["optimizer"] for run in content["runs"]] == ["sgd", "adam", "mfac", "kfac"]
+    report = (out / "report.md").read_text()
+    assert "- Adam: the best of its grid (benchmarks/results/cifar10_grid_adam.md)" in report
+    assert "- K-FAC: the best of its grid (benchmarks/results/cifar10_grid_kfac.md)" in report
     assert all(len(run["losses"]) == content["steps"] == 5 for run in content["runs"])
     shown = capsys.readouterr().out
-    assert all(f"| {label} " in shown for label in ("SGD", "M-FAC", "K-FAC", "two-level K-FAC"))
+    assert all(f"| {label} " in shown for label in ("SGD", "Adam", "M-FAC", "K-FAC"))
 
 
 def test_train_with_a_grid(tmp_path: Path) -> None:
