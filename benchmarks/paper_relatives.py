@@ -22,17 +22,14 @@ from __future__ import annotations
 from paper_problems import PROBLEMS
 from paper_relatives_report import write_report
 from paper_runs import Study, main
-from relatives_runs import CONTENDERS, DAMPINGS, KL_CLIP, MOMENTUM, RATES, method
+from relatives_runs import CONTENDERS, method
 
 STUDY = Study(
     name="relatives",
     problems={name: PROBLEMS[name] for name in ("mnist", "cifar10")},
     contenders=CONTENDERS,
     method=method,
-    rates=RATES,
-    dampings=DAMPINGS,
     report=write_report,
-    conditions={"all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}"},
 )
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from paper_problems import Data, Problem
@@ -22,6 +23,8 @@ from mfac_kernels.preconditioners._gathered import GatheringPreconditioner
 KFAC = "K-FAC"
 PLAIN = {"Adam": torch.optim.Adam, "SGD": torch.optim.SGD}
 LONGEST = 6  # times the steps, however fast they are
+RATES, DAMPINGS = (0.003, 0.03, 0.3), (0.1, 1.0)  # the grid of every contender
+MOMENTUM, KL_CLIP = 0.9, 0.01
 
 
 @dataclass
@@ -82,11 +85,16 @@ class Method:
 Made = Callable[[Run, nn.Module, Problem], Method]
 
 
-def plain(run: Run, net: nn.Module, momentum: float) -> torch.optim.Optimizer:
+def plain(run: Run, net: nn.Module) -> torch.optim.Optimizer:
     """The optimizer alone, or the one that takes a preconditioner's steps."""
     if run.contender == "Adam":
         return torch.optim.Adam(net.parameters(), lr=run.lr)
-    return torch.optim.SGD(net.parameters(), lr=run.lr, momentum=momentum)
+    return torch.optim.SGD(net.parameters(), lr=run.lr, momentum=MOMENTUM)
+
+
+def kfac_options(run: Run, problem: Problem) -> dict[str, Any]:
+    """What every preconditioner of K-FAC's kind is made with."""
+    return {"kl_clip": KL_CLIP, "lr": run.lr, "fisher_type": "mc", "inv_update_steps": problem.inv_update_steps}
 
 
 def batches(data: Data, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -137,16 +145,15 @@ def train(run: Run, problem: Problem, data: Data, method_of: Made, seconds: floa
 
 @dataclass(frozen=True)
 class Study:
-    """``name``: of the files; ``report``: writes the rest of them and returns the text; ``conditions``: of all runs."""
+    """``name``: of the files; ``report``: writes the rest of them and returns the text."""
 
     name: str
     problems: Mapping[str, Problem]
     contenders: Sequence[str]
     method: Made
-    rates: Sequence[float]
-    dampings: Sequence[float]
     report: Callable[[Mapping[str, Problem], Sequence[Run], Mapping[str, object], Path], str]
-    conditions: Mapping[str, str]
+    rates: Sequence[float] = RATES
+    dampings: Sequence[float] = DAMPINGS
 
     def settings(self, contender: str) -> list[tuple[float, float | None]]:
         return list(itertools.product(self.rates, [None] if contender in PLAIN else self.dampings))
@@ -252,7 +259,7 @@ def main(study: Study, description: str | None, arguments: list[str] | None = No
     conditions: dict[str, object] = {
         **made(),
         "grid": f"learning rates {listed(study.rates)}, constant; dampings {listed(study.dampings)}",
-        **study.conditions,
+        "all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}",
         "seeds": f"{options.seeds}; mean ± deviation",
     }
     planned = {

@@ -17,17 +17,14 @@ from __future__ import annotations
 from paper_problems import PROBLEMS
 from paper_runs import Study, main
 from paper_twolevel_report import write_report
-from two_level_runs import CONTENDERS, DAMPINGS, KL_CLIP, MOMENTUM, RATES, method
+from two_level_runs import CONTENDERS, method
 
 STUDY = Study(
     name="twolevel",
     problems=PROBLEMS,
     contenders=CONTENDERS,
     method=method,
-    rates=RATES,
-    dampings=DAMPINGS,
     report=write_report,
-    conditions={"all": f"momentum {MOMENTUM:g} (but Adam); kl_clip {KL_CLIP:g}"},
 )
 
 if __name__ == "__main__":

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from paper_problems import Problem
-from paper_runs import KFAC, PLAIN, Method, Run, plain
+from paper_runs import KFAC, PLAIN, Method, Run, kfac_options, plain
 from torch import Tensor, nn
 
 import mfac_kernels as mk
 from mfac_kernels.preconditioners._gathered import GatheringPreconditioner
 
-MOMENTUM, KL_CLIP = 0.9, 0.01
-RATES, DAMPINGS = (0.003, 0.03, 0.3), (0.1, 1.0)
 KFACS: dict[str, dict[str, Any]] = {
     KFAC: {},
     "EKFAC": {"damping_style": "exact", "eigen_correction": True},
@@ -33,13 +31,12 @@ class QuasiNewton(Method):
 
 
 def method(run: Run, net: nn.Module, problem: Problem) -> Method:
-    optimizer = plain(run, net, MOMENTUM)
+    optimizer = plain(run, net)
     if run.contender in PLAIN:
         return Method(optimizer)
     assert run.damping is not None
-    options = {"kl_clip": KL_CLIP, "lr": run.lr, "fisher_type": "mc", "inv_update_steps": problem.inv_update_steps}
     kind = QuasiNewton if run.contender == KBFGS else Method
-    return kind(optimizer, preconditioner(run.contender, net, run.damping, **options))
+    return kind(optimizer, preconditioner(run.contender, net, run.damping, **kfac_options(run, problem)))
 
 
 def preconditioner(contender: str, net: nn.Module, damping: float, **options: Any) -> GatheringPreconditioner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from paper_problems import Problem
-from paper_runs import KFAC, PLAIN, Method, Run, plain
+from paper_runs import KFAC, PLAIN, Method, Run, kfac_options, plain
 from torch import Tensor, nn
 from two_level_probe import energy, natural_gradient
 
@@ -15,8 +15,6 @@ from mfac_kernels.preconditioners.coarse import COARSE_SPACES
 TSELEPIDIS = "tselepidis"
 CORRECTED = [*COARSE_SPACES, TSELEPIDIS]
 CONTENDERS = [KFAC, *CORRECTED, *PLAIN]
-RATES, DAMPINGS = (0.003, 0.03, 0.3), (0.1, 1.0)
-MOMENTUM, KL_CLIP = 0.9, 0.01
 PROBES = 3  # of a run on the first seed
 
 
@@ -24,7 +22,7 @@ class TwoLevel(Method):
     """Stands in for its preconditioner's update: measures, in some steps, what the correction does to the error."""
 
     def __init__(self, run: Run, net: nn.Module, p: mk.TwoLevelKFAC) -> None:
-        super().__init__(plain(run, net, MOMENTUM), p)
+        super().__init__(plain(run, net), p)
         self._p, self._inner = p, p._updates
         self._due = False
         probes = 0 if run.searching or run.seed else PROBES
@@ -56,9 +54,9 @@ class TwoLevel(Method):
 
 def method(run: Run, net: nn.Module, problem: Problem) -> Method:
     if run.contender in PLAIN:
-        return Method(plain(run, net, MOMENTUM))
+        return Method(plain(run, net))
     assert run.damping is not None
-    options = {"inv_update_steps": problem.inv_update_steps, "kl_clip": KL_CLIP, "lr": run.lr, "fisher_type": "mc"}
+    options = kfac_options(run, problem)
     if run.contender == KFAC:
-        return Method(plain(run, net, MOMENTUM), mk.KFAC(net, run.damping, **options))
+        return Method(plain(run, net), mk.KFAC(net, run.damping, **options))
     return TwoLevel(run, net, mk.TwoLevelKFAC(net, run.damping, coarse_space=run.contender, **options))

@@ -104,8 +104,8 @@ class JacobianProduct:
         self._check("x", x)
         dots = torch.zeros(self.samples, len(self.maps), dtype=self.dtype, device=self.device)
         for call in self.calls:
-            outputs = self.maps[call.layer].forward(self._cast(call.inputs), x[call.layer].to(self.dtype))
-            each = sample_dots(self._cast(call.gradients), outputs).view(-1, call.repeats).sum(1)
+            outputs = self.maps[call.layer].forward(self.cast(call.inputs), x[call.layer].to(self.dtype))
+            each = sample_dots(self.cast(call.gradients), outputs).view(-1, call.repeats).sum(1)
             dots[call.first : call.first + call.samples, call.layer] += each
         return dots
 
@@ -121,9 +121,9 @@ class JacobianProduct:
         blocks: list[Tensor | None] = [None] * len(self.maps)
         for call in self.calls:
             each = w[call.first : call.first + call.samples].repeat_interleave(call.repeats)
-            g = self._cast(call.gradients)
+            g = self.cast(call.gradients)
             part = self.maps[call.layer].weight_gradient(
-                self._cast(call.inputs), g * each.view(-1, *[1] * (g.dim() - 1))
+                self.cast(call.inputs), g * each.view(-1, *[1] * (g.dim() - 1))
             )
             known = blocks[call.layer]
             blocks[call.layer] = part if known is None else known.add_(part)
@@ -147,7 +147,8 @@ class JacobianProduct:
             if tuple(block.shape) != tuple(m.shape):
                 raise ValueError(f"{name}[{layer}]: expected shape {tuple(m.shape)}, got {tuple(block.shape)}")
 
-    def _cast(self, rows: Tensor) -> Tensor:
+    def cast(self, rows: Tensor) -> Tensor:
+        """Rows of a call in the dtype of the products; indices as they are."""
         return rows.to(self.dtype) if rows.is_floating_point() else rows
 
 

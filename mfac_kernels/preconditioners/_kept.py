@@ -144,6 +144,9 @@ class KeptPreconditioner(GatheringPreconditioner):
         seen, skipped = self._counts.tolist()
         return {"steps": self.steps, "seen": seen, "skipped": skipped, "layers_without_factors": without}
 
+    def _all(self) -> dict[str, Any]:
+        return {"steps": torch.tensor(self.steps), "counts": self._counts, "state": self._state()}
+
     def state_dict(self) -> dict[str, Any]:
         """After a step and before the next backward pass: what that keeps is of no use to another process.
 
@@ -152,10 +155,10 @@ class KeptPreconditioner(GatheringPreconditioner):
         """
         if not self._batch.empty:
             raise RuntimeError(f"{self._owner}: state_dict() was called between a backward pass and its step()")
-        return {"steps": torch.tensor(self.steps), "counts": self._counts, "state": self._state()}
+        return self._all()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        mine = {"steps": torch.tensor(self.steps), "counts": self._counts, "state": self._state()}
+        mine = self._all()
         check_like("state_dict", mine, state_dict)
         copy_into(mine, state_dict)
         self.steps = int(state_dict["steps"])
@@ -179,9 +182,8 @@ class Kept:
 
     def of(self, layer: int) -> list[Call]:
         """Those of a layer, in the dtype of the factors."""
-        dtype = self.jacobian.dtype
         return [
-            Call(c.layer, self._cast(c.inputs, dtype), c.gradients.to(dtype), c.first, c.repeats)
+            Call(c.layer, self.jacobian.cast(c.inputs), self.jacobian.cast(c.gradients), c.first, c.repeats)
             for c in self.jacobian.calls
             if c.layer == layer
         ]
@@ -196,10 +198,6 @@ class Kept:
         calls = self.of(layer)
         for first in dict.fromkeys(call.first for call in calls):
             yield [call for call in calls if call.first == first]
-
-    @staticmethod
-    def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return x.to(dtype) if x.is_floating_point() else x
 
 
 Closure = Callable[[], object]

@@ -21,7 +21,7 @@ from paper_twolevel_report import write_report
 from torch import nn
 from two_level_cases import Case, cut
 from two_level_probe import energy, natural_gradient
-from two_level_runs import CONTENDERS, CORRECTED, DAMPINGS, TSELEPIDIS
+from two_level_runs import CONTENDERS, CORRECTED, TSELEPIDIS
 
 from mfac_kernels.training import datasets
 
@@ -70,7 +70,10 @@ def test_end_to_end_and_resumed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     first = run(tmp_path, "--problems", "codes", "--seeds", "1")
     shown = capsys.readouterr().out
-    assert "about" in shown and f"s left  codes, K-FAC, lr 0.001, damping {DAMPINGS[0]:g}, search: loss" in shown
+    assert (
+        "about" in shown
+        and f"s left  codes, K-FAC, lr 0.001, damping {paper_runs.DAMPINGS[0]:g}, search: loss" in shown
+    )
     both = run(tmp_path, "--seeds", "1")
     assert both["runs"][: len(first["runs"])] == first["runs"]  # nothing is repeated
     final = [Run(**r) for r in both["runs"] if not r["searching"]]
