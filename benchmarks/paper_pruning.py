@@ -2,13 +2,15 @@
 
 One shot, with recomputations, and gradually with fine-tuning; by magnitude, the diagonal Fisher, M-FAC in blocks and
 whole; 50 to 95%, several seeds; a grid of dampings. Without --checkpoint the demonstration's network is trained first.
-Written to --out: pruning.png, pruning.md, pruning.json.
+Written to --out: pruning.png, pruning.md, pruning.json. Tables that --out has of the same network under the same
+conditions are kept, so that a run that was stopped goes on; without them it starts anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import time
 from dataclasses import dataclass, replace
 from datetime import date
@@ -79,22 +81,23 @@ def main() -> None:
         **{part.title: part.setting for part in plan},
     }
     started = time.perf_counter()
-    tables: dict[str, dict[str, list[pruning.Point]]] = {}
-    grid: list[str] = []
+    tables, grid = earlier(arguments.out, conditions, dense, plan)
 
     def write() -> None:
-        seconds = {"seconds": round(time.perf_counter() - started)}
-        said = {key: str(value) for key, value in {**conditions, **seconds}.items()}
-        for path in write_pruning_report(tables, dense, said, arguments.out):
+        said = {key: str(value) for key, value in conditions.items()}
+        for path in write_pruning_report(tables, dense, {**said, "grid": grid}, arguments.out):
             if path.suffix == ".md":
+                text = path.read_text().replace(f"- grid: {grid}\n", "")
                 head = [f"## What each thing brings at {GRID_SPARSITY:.0%}, one seed", ""]
                 rows = ["| setting | method | accuracy | seconds |", "|---|---|---|---|", *grid, ""]
-                with path.open("a") as report:
-                    report.write("\n".join(["", *head, *rows]))
+                path.write_text("\n".join([text, *head, *rows]))
 
-    for row in settings_grid(plan[1].setting):
+    for row in settings_grid(plan[1].setting)[len(grid) :]:
         grid.append(grid_row(subject, *row))
+        write()
     for part in plan:
+        if part.title in tables:
+            continue
         table = tables[part.title] = {pruning.parse_method(name).label: [] for name in part.methods}
         for seed in range(arguments.seeds):
             shared = pruning.dense_gradients(subject, part.setting, seed)
@@ -107,6 +110,26 @@ def main() -> None:
                 print(f"{spent:5.0f} s  {part.title}, {method.label}, seed {seed}: {last}", flush=True)
         print(format_accuracies(table), flush=True)
         write()  # after every part: what is there is there
+
+
+def earlier(
+    out: Path, conditions: dict[str, object], dense: float, plan: list[Part]
+) -> tuple[dict[str, dict[str, list[pruning.Point]]], list[str]]:
+    """Whole tables and the rows of the grid that are there already; ``conditions`` learn of which commit they are."""
+    path = out / "pruning.json"
+    content = json.loads(path.read_text()) if path.exists() else {"conditions": {}}
+    before = content["conditions"]
+    same = ("torch", "threads", "network", "prunable weights", "test images", "seeds")
+    if content.get("dense_accuracy") != dense or any(before.get(key) != str(conditions[key]) for key in same):
+        return {}, []
+    tables = {}
+    for part in plan:
+        if part.title in content["tables"] and before[part.title] == str(part.setting):
+            table = content["tables"][part.title].items()
+            tables[part.title] = {label: [pruning.Point(**point) for point in points] for label, points in table}
+            of = f"commit of {part.title!r}"
+            conditions[of] = before.get(of, before["commit"])
+    return tables, before.get("grid", [])
 
 
 def settings_grid(joint: pruning.Setting) -> list[tuple[str, str, pruning.Setting]]:
