@@ -79,14 +79,12 @@ class FactoredInverses(Inverses):
         targets: list[Tensor] = []
         known: list[Tensor] = []  # which layers have seen a batch
         for i, (stack, chosen) in enumerate(zip(self.stacks, rows, strict=True)):
-            for row in _runs(chosen):
-                seen, weight = stack.weight[row] > 0, _nonzero(stack.weight[row])[:, None]
+            for row in runs(chosen):
+                seen, weight = stack.weight[row] > 0, nonzero(stack.weight[row])[:, None]
                 inputs, outputs = stack.shape.expand(stack.inputs[row]), stack.outputs[row]
-                pi = self._pi(stack.shape, inputs, outputs)
+                shifts = damping_of(stack.shape, inputs, outputs, damping, self.pi_correction)
+                of_inputs, of_outputs = (shift * weight for shift in shifts)
                 self._scales[i][row] = torch.where(seen, weight[:, 0] ** 2, 1)
-                of_inputs, of_outputs = (damping * pi).sqrt() * weight, (damping / pi).sqrt() * weight
-                if stack.shape.unit:
-                    of_inputs, of_outputs = damping * weight, torch.zeros_like(weight)
                 # A layer that has seen nothing keeps its inverses: the identity, not that of the damping alone.
                 for factor, shift, target in (
                     (outputs, of_outputs, self._outputs[i][row]),
@@ -97,18 +95,6 @@ class FactoredInverses(Inverses):
                     targets.append(target)
                     known.append(seen)
         self._inversion.run(batches, dampings, targets, known)
-
-    def _pi(self, shape: KroneckerShape, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """(layers, groups), or (layers, 1) where blocks are parts of one factor."""
-        means = []
-        for factor, width in ((inputs, shape.input_width), (outputs, shape.outputs)):
-            trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
-            if shape.groups == 1:
-                trace = trace.sum(-1, keepdim=True)
-            means.append(trace / width)
-        pi = means[0] / means[1]
-        usable = pi.isfinite() & (pi > 0) if self.pi_correction else torch.zeros_like(pi, dtype=torch.bool)
-        return torch.where(usable, pi, 1)
 
     def apply(self, stack: Stack, x: Tensor) -> Tensor:
         i = self.stacks.index(stack)
@@ -153,14 +139,13 @@ class Eigenbases(Inverses):
 
     def refresh(self, damping: float, rows: Sequence[list[int]]) -> None:
         for i, (stack, chosen) in enumerate(zip(self.stacks, rows, strict=True)):
-            for row in _runs(chosen):
-                seen, weight = stack.weight[row] > 0, _nonzero(stack.weight[row])[:, None, None]
+            for row in runs(chosen):
+                seen, weight = stack.weight[row] > 0, nonzero(stack.weight[row])[:, None, None]
                 inputs = stack.shape.expand(stack.inputs[row])
                 of_inputs = _eigh(inputs, stack.shape.input_width, self._inputs[i][row]) / weight
                 of_outputs = _eigh(stack.outputs[row], stack.shape.outputs, self._outputs[i][row]) / weight
-                if stack.shape.groups == 1:  # blocks follow one another; the ragged end is cut off
-                    of_inputs = of_inputs.flatten(1)[:, None, : stack.shape.input_width]
-                    of_outputs = of_outputs.flatten(1)[:, None, : stack.shape.outputs]
+                of_inputs = by_group(of_inputs, stack.shape.groups, stack.shape.input_width)
+                of_outputs = by_group(of_outputs, stack.shape.groups, stack.shape.outputs)
                 # A layer that has seen nothing keeps eigenvalues of 1: factors of zero have the identity for a basis.
                 moments = of_outputs[..., None, None] * of_inputs[:, :, None, None]
                 self.moments[i][row] = torch.where(seen[:, None, None, None, None], moments, 1)
@@ -199,7 +184,7 @@ class Eigenbases(Inverses):
         rows = [
             total[row]
             for total, begun in zip(self._sums, self.begun, strict=True)
-            for row in _runs([i for i, has_sum in enumerate(begun) if has_sum or shared])
+            for row in runs([i for i, has_sum in enumerate(begun) if has_sum or shared])
         ]
         if not rows:
             return True
@@ -251,31 +236,56 @@ def _identity(stack: Stack, size: tuple[int, ...]) -> Tensor:
     return unit.expand(len(stack.layers), *size).contiguous()
 
 
-def _runs(rows: list[int]) -> list[slice]:
+def runs(rows: list[int]) -> list[slice]:
     """Slices that cover ascending ``rows``, as few as possible: views, not copies."""
-    runs: list[slice] = []
+    found: list[slice] = []
     for row in rows:
-        if runs and runs[-1].stop == row:
-            runs[-1] = slice(runs[-1].start, row + 1)
+        if found and found[-1].stop == row:
+            found[-1] = slice(found[-1].start, row + 1)
         else:
-            runs.append(slice(row, row + 1))
-    return runs
+            found.append(slice(row, row + 1))
+    return found
 
 
-def _nonzero(weight: Tensor) -> Tensor:
+def damping_of(
+    shape: KroneckerShape, inputs: Tensor, outputs: Tensor, damping: float, pi_correction: bool
+) -> tuple[Tensor, Tensor]:
+    """sqrt(damping pi) for A and sqrt(damping / pi) for B, of factors with one scale: (layers, groups), or (layers, 1)
+    where blocks are parts of one factor. All of it for the A of a ``unit``.
+    """
+    means = []
+    for factor, width in ((inputs, shape.input_width), (outputs, shape.outputs)):
+        trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+        if shape.groups == 1:
+            trace = trace.sum(-1, keepdim=True)
+        means.append(trace / width)
+    pi = means[0] / means[1]
+    if shape.unit:
+        return torch.full_like(pi, damping), torch.zeros_like(pi)
+    usable = pi.isfinite() & (pi > 0) if pi_correction else torch.zeros_like(pi, dtype=torch.bool)
+    pi = torch.where(usable, pi, 1)
+    return (damping * pi).sqrt(), (damping / pi).sqrt()
+
+
+def nonzero(weight: Tensor) -> Tensor:
     """A layer that has seen nothing has factors of zero, whatever they are divided by."""
     return torch.where(weight > 0, weight, 1)
 
 
+def by_group(values: Tensor, groups: int, width: int) -> Tensor:
+    """(layers, blocks, s) -> (layers, groups, width): blocks of one factor follow one another, less the ragged end."""
+    return values.flatten(1)[:, None, :width] if groups == 1 else values
+
+
 def _eigh(factor: Tensor, width: int, vectors: Tensor) -> Tensor:
     """Eigenvalues (layers, blocks, s) of the blocks of a factor of `width` rows; writes the eigenvectors."""
-    values, basis = _eigen(factor, width)
+    values, basis = eigen(factor, width)
     vectors.copy_(basis)
     return values.clamp_min(0)
 
 
-def _eigen(factor: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors of the blocks of a factor of `width` rows."""
+def eigen(factor: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of the blocks of a factor of `width` rows. Waits for the device."""
     if factor.shape[-1] == 1:
         return factor[..., 0], torch.ones_like(factor)
     values, basis = torch.linalg.eigh(_padding_last(factor, width))
@@ -288,7 +298,7 @@ def _padding_last(factor: Tensor, width: int) -> Tensor:
     if padding:
         factor = factor.clone()
         diagonal = factor[:, -1].diagonal(dim1=-2, dim2=-1)
-        diagonal[:, -padding:] = 2 * diagonal.sum(-1, keepdim=True) + 1
+        diagonal[:, -padding:] = 2 * torch.linalg.matrix_norm(factor[:, -1])[:, None] + 1
     return factor
 
 
@@ -297,7 +307,7 @@ def smallest_eigenvectors(factor: Tensor, groups: int, width: int) -> Tensor:
 
     factor (layers, blocks, s, s). The largest entry is positive.
     """
-    values, basis = _eigen(factor, width)
+    values, basis = eigen(factor, width)
     vectors: Tensor = basis[..., 0]  # (layers, blocks, s)
     if groups == 1:
         least = torch.nn.functional.one_hot(values[..., 0].argmin(1), values.shape[1])

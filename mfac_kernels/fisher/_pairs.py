@@ -1,4 +1,4 @@
-"""The Kronecker product near a matrix M = sum_r w_r g_r g_r^T (x) a_r a_r^T that is never formed: TKFAC and KPSVD.
+"""Kronecker products near a matrix M = sum_r w_r g_r g_r^T (x) a_r a_r^T that is never formed: TKFAC, KPSVD, deflation.
 
 K-FAC has the averages of a a^T and of g g^T, and knows nothing of what inputs and gradients have to do with each other.
 Here each row of one is weighed by its partner, with U and V for probes of the shapes of A and B:
@@ -13,9 +13,17 @@ products with both probes are preserved.
             Phi and Psi, and s its delta.
     kpsvd   U, V: the averages so far, I at first. That is a power iteration a batch, whose fixed point is the largest
             singular value s with its vectors U and V: the product that is nearest to M in the Frobenius norm.
+    deflation   that product and a second one, of what it leaves. With probes U2 and V2 of norm 1, the second product's
+            averages so far, a batch adds up A2' and B2' as above and has
+
+                A2'' = A2' - <V2, B> A    B2'' = B2' - <U2, A> B    s2 = <U2, A2''> = <V2, B2''>
+                B2 (x) A2 = s2 (B2'' / |B2''|) (x) (A2'' / |A2''|)
+
+            with the first product's A and B of this batch: a power iteration again, for the second singular value. The
+            sum that is nearest to M need not be positive semidefinite: s2 and both factors have either sign.
 
 The scale of the probes cancels. All is linear in the rows, so calls, passes and ranks add up. A and B get the same mean
-eigenvalue before they enter their averages.
+eigenvalue before they enter their averages, A2 and B2 the same norm.
 
 Sources: Gao et al., "A trace-restricted Kronecker-factored approximation to natural gradient", AAAI 2021; Van Loan,
 Pitsianis, "Approximation with Kronecker products", 1993; Koroko et al., "Efficient approximations of the Fisher matrix
@@ -35,8 +43,10 @@ from mfac_kernels.fisher._layout import KroneckerShape, multiply_rows
 if TYPE_CHECKING:
     from mfac_kernels.fisher._stack import Stack
 
-Approximate = Literal["kfac", "tkfac", "kpsvd"]
-APPROXIMATE = ("kfac", "tkfac", "kpsvd")
+Approximate = Literal["kfac", "tkfac", "kpsvd", "deflation"]
+APPROXIMATE = ("kfac", "tkfac", "kpsvd", "deflation")
+Product = tuple[Tensor, Tensor]
+"""A (..., a, a) and B (..., b, b) of B (x) A, or probes of their shapes."""
 
 
 class Pairs(NamedTuple):
@@ -52,23 +62,24 @@ class Pairs(NamedTuple):
 
 
 def add_pairs(stack: Stack, row: int, pairs: Pairs, refused: Tensor) -> None:
-    """To a layer's A' and B'; the flag is set if rows are not finite."""
+    """To a layer's A' and B' of each product; the flag is set if rows are not finite."""
     shape, dtype = stack.shape, stack.inputs.dtype
     inputs, gradients, alpha, weights = pairs
-    of_a, of_b = (None if probes is None else probes[0] for probes in stack.probes(row))
     repeats = shape.uses
     if repeats > 1:
         inputs = _pixels(shape, inputs)
-    by_inputs, by_gradients = _forms(inputs, of_a, dtype), _forms(gradients, of_b, dtype)
-    if repeats > 1:  # the mean over offsets, of which every pair has all
-        by_inputs = by_inputs.view(len(by_inputs), -1, repeats).mean(-1)
-    if weights is not None:
-        by_inputs, by_gradients = (by * weights.reshape(-1).to(dtype) for by in (by_inputs, by_gradients))
-    if repeats > 1:
-        by_gradients = by_gradients.repeat_interleave(repeats, -1) / repeats
     beta = 1.0 if stack.inputs_begun[row] else 0.0
-    _accumulate(stack.input_sums[row], inputs, by_gradients, shape.groups, beta, alpha, refused)
-    _accumulate(stack.output_sums[row], gradients, by_inputs, shape.groups, beta, alpha, refused)
+    for probes, (input_sums, output_sums) in zip(stack.probes(row), stack.sums(), strict=True):
+        of_a, of_b = (None, None) if probes is None else (probe[0] for probe in probes)
+        by_inputs, by_gradients = _forms(inputs, of_a, dtype), _forms(gradients, of_b, dtype)
+        if repeats > 1:  # the mean over offsets, of which every pair has all
+            by_inputs = by_inputs.view(len(by_inputs), -1, repeats).mean(-1)
+        if weights is not None:
+            by_inputs, by_gradients = (by * weights.reshape(-1).to(dtype) for by in (by_inputs, by_gradients))
+        if repeats > 1:
+            by_gradients = by_gradients.repeat_interleave(repeats, -1) / repeats
+        _accumulate(input_sums[row], inputs, by_gradients, shape.groups, beta, alpha, refused)
+        _accumulate(output_sums[row], gradients, by_inputs, shape.groups, beta, alpha, refused)
     stack.inputs_begun[row] = stack.outputs_begun[row] = True
 
 
@@ -80,26 +91,54 @@ def probe(average: Tensor, weight: Tensor, width: int) -> Tensor:
     return torch.where(known, average * (width / torch.where(known, trace, 1)), unit)
 
 
-def product_of(shape: KroneckerShape, inputs: Tensor, outputs: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
+def direction(average: Tensor, groups: int) -> Tensor:
+    """An average factor (layers, blocks, s, s) of either sign, scaled to a norm of 1; one that is zero is replaced."""
+    blocks, size = average.shape[1:3]
+    # Not I: what is left of M may have no part in it
+    start = torch.linspace(1, 2, blocks * size, dtype=average.dtype, device=average.device).view(1, blocks, size)
+    norm, of_start = (_inner(x, x, groups).sqrt() for x in (average, start.diag_embed()))
+    known = norm > 0
+    scaled = _scaled(average, torch.where(known, 1 / norm, 0))
+    return torch.where(known[..., None, None], scaled, _scaled(start.diag_embed(), 1 / of_start))
+
+
+def product_of(shape: KroneckerShape, sums: Product, probes: Product | None) -> Product:
     """A and B, of one mean eigenvalue, from A' and B' (layers, blocks, s, s) and U: with groups one pair for each."""
-    a = _trace(inputs, None, shape.groups) / shape.input_width
-    b = _trace(outputs, None, shape.groups) / shape.outputs
-    s = _trace(inputs, probes, shape.groups)
+    inputs, outputs = sums
+    a = _inner(inputs, None, shape.groups) / shape.input_width
+    b = _inner(outputs, None, shape.groups) / shape.outputs
+    s = _inner(inputs, None if probes is None else probes[0], shape.groups)
     some = (a > 0) & (b > 0) & (s > 0)
     a, b, s = (torch.where(some, x, 1) for x in (a, b, s))
     mean = torch.where(some, (a / s * b).sqrt(), 0)
-    return tuple(  # type: ignore[return-value]
-        factor * (mean / own).to(factor.dtype)[..., None, None] for factor, own in ((inputs, a), (outputs, b))
-    )
+    return _scaled(inputs, mean / a), _scaled(outputs, mean / b)
 
 
-def _trace(factor: Tensor, probes: Tensor | None, groups: int) -> Tensor:
-    """<U, factor> in float64: (layers, groups), or (layers, 1) where blocks are parts of one factor."""
+def second_product(shape: KroneckerShape, sums: Product, probes: Product, first: Product) -> Product:
+    """A2 and B2, of one norm, from A2' and B2', U2 and V2, and the first product."""
+    groups = shape.groups
+    (inputs, outputs), (u, v), (a, b) = sums, probes, first
+    inputs = inputs - _scaled(a, _inner(b, v, groups))
+    outputs = outputs - _scaled(b, _inner(a, u, groups))
+    s = _inner(inputs, u, groups)
+    root = s.abs().sqrt()
+    norms = [_inner(x, x, groups).sqrt() for x in (inputs, outputs)]
+    of_inputs, of_outputs = (torch.where(norm > 0, root / norm, 0) for norm in norms)
+    return _scaled(inputs, of_inputs * s.sign()), _scaled(outputs, of_outputs)
+
+
+def _inner(factor: Tensor, probes: Tensor | None, groups: int) -> Tensor:
+    """<U, factor> in float64: (layers, groups), or (layers, 1) where blocks are parts of one factor. U: I if None."""
     if probes is None:
         traces = factor.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
     else:
         traces = (factor.double() * probes).sum((-2, -1))
     return traces.sum(-1, keepdim=True) if groups == 1 else traces
+
+
+def _scaled(factor: Tensor, scale: Tensor) -> Tensor:
+    """Times a number for each layer and group, as :func:`_inner` has them."""
+    return factor * scale.to(factor.dtype)[..., None, None]
 
 
 def _forms(rows: Tensor, matrix: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mfac_kernels.fisher._layout import KroneckerShape
-from mfac_kernels.fisher._pairs import Approximate, probe, product_of
+from mfac_kernels.fisher._pairs import Approximate, Product, direction, probe, product_of, second_product
 
 
 class Stack:
@@ -17,7 +17,8 @@ class Stack:
 
     ``inputs`` and ``outputs`` are exponential sums; divided by ``weight`` (L,), in [0, 1), they are averages.
     ``called`` (L,), if ranks share a batch: how many of them have sums of each layer.
-    ``paired``: the sums are of pairs of rows, see :mod:`mfac_kernels.fisher._pairs`.
+    ``paired``: the sums are of pairs of rows, see :mod:`mfac_kernels.fisher._pairs`. Those of two products, and their
+    averages, have the blocks of the second behind those of the first.
     """
 
     def __init__(
@@ -31,10 +32,12 @@ class Stack:
         count = len(layers)
         self.shape, self.layers = shape, tuple(layers)
         self.approximate, self.paired = approximate, approximate != "kfac" and not shape.unit
-        self.inputs = torch.zeros(count, *shape.input_state, dtype=dtype, device=device)
-        self.outputs = torch.zeros(count, *shape.output_factor, dtype=dtype, device=device)
+        self._products = 2 if approximate == "deflation" and self.paired else 1
         self.weight = torch.zeros(count, dtype=dtype, device=device)
-        self.input_sums, self.output_sums = (self.weight.new_zeros(count, *size) for size in shape.sums)
+        self.inputs, self.outputs, self.input_sums, self.output_sums = (
+            self.weight.new_zeros(count, self._products * blocks, *size)
+            for blocks, *size in (shape.input_state, shape.output_factor, *shape.sums)
+        )
         self.called: Tensor | None = None
         self.begin()
 
@@ -77,15 +80,25 @@ class Stack:
             lerp_rows(average, total, take, self.begun, self.called)
         self.begin()
 
-    def probes(self, row: int | None = None) -> tuple[Tensor | None, Tensor | None]:
-        """U and V of one layer, or of all: (layers, blocks, s, s); None stands for I."""
-        if self.approximate != "kpsvd":
-            return None, None
-        rows = slice(None) if row is None else slice(row, row + 1)
-        return (
-            probe(self.inputs[rows], self.weight[rows], self.shape.input_width),
-            probe(self.outputs[rows], self.weight[rows], self.shape.outputs),
-        )
+    def products(self, rows: slice = slice(None)) -> list[Product]:
+        """The averages times ``weight``, A and B of each product: views."""
+        return self._by_product(self.inputs[rows], self.outputs[rows])
+
+    def sums(self) -> list[Product]:
+        """This batch's, as views: A' and B' of each product."""
+        return self._by_product(self.input_sums, self.output_sums)
+
+    def _by_product(self, inputs: Tensor, outputs: Tensor) -> list[Product]:
+        return list(zip(inputs.chunk(self._products, 1), outputs.chunk(self._products, 1), strict=True))
+
+    def probes(self, row: int | None = None) -> list[Product | None]:
+        """U and V of one layer, or of all, for each product; None stands for I."""
+        if self.approximate == "tkfac":
+            return [None]
+        rows, shape = slice(None) if row is None else slice(row, row + 1), self.shape
+        (inputs, outputs), *second = self.products(rows)
+        first = probe(inputs, self.weight[rows], shape.input_width), probe(outputs, self.weight[rows], shape.outputs)
+        return [first, *((direction(a, shape.groups), direction(b, shape.groups)) for a, b in second)]
 
     def finite(self, output_scale: Tensor | None) -> Tensor | bool:
         """Whether the sums of pairs are, times ``output_scale``, without a synchronisation: products may overflow."""
@@ -99,7 +112,12 @@ class Stack:
     def _factors(self, take: Tensor) -> tuple[Tensor, Tensor]:
         """A and B of this batch."""
         if self.paired:
-            a, b = product_of(self.shape, self.input_sums, self.output_sums, self.probes()[0])
+            (sums, *more), (probes, *directions) = self.sums(), self.probes()
+            found = [product_of(self.shape, sums, probes)]
+            for others, pair in zip(more, directions, strict=True):
+                assert pair is not None
+                found.append(second_product(self.shape, others, pair, found[0]))
+            a, b = (torch.cat(factors, 1) for factors in zip(*found, strict=True))
             return torch.where(take > 0, a, 0), torch.where(take > 0, b, 0)  # sums that are refused may be no numbers
         return self._of_both_uses() if self.shape.two_uses else (self.input_sums, self.output_sums)
 

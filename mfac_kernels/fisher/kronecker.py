@@ -12,8 +12,9 @@ from torch import Tensor
 from mfac_kernels import ops
 from mfac_kernels.fisher._checks import index, one_of, positive_float
 from mfac_kernels.fisher._inverses import Eigenbases, FactoredInverses, Inverses, smallest_eigenvectors
+from mfac_kernels.fisher._joint_bases import JointBases
 from mfac_kernels.fisher._layout import KroneckerShape, Lags, gather, spread
-from mfac_kernels.fisher._pairs import APPROXIMATE, Approximate, Pairs, add_pairs
+from mfac_kernels.fisher._pairs import APPROXIMATE, Approximate, Pairs, Product, add_pairs
 from mfac_kernels.fisher._stack import Stack
 from mfac_kernels.fisher._state import check_entries, check_like, copy_into
 
@@ -49,7 +50,9 @@ class KroneckerFisher:
         eigen_correction: with ``"exact"``, eigenvalues are re-estimated by :meth:`add_moments` (EKFAC) from one
             :meth:`refresh` to the next, from those of B (x) A on.
         approximate: ``"kfac"``: A and B are averages of their own. ``"tkfac"``, ``"kpsvd"``: of pairs of rows, by
-            :meth:`add_pairs` (see :mod:`mfac_kernels.fisher._pairs`); no ``lags`` and no ``two_uses``.
+            :meth:`add_pairs` (see :mod:`mfac_kernels.fisher._pairs`); no ``lags`` and no ``two_uses``. ``"deflation"``:
+            a second product is added to that of ``"kpsvd"``, which alone is damped (``"factored"``; see
+            :class:`~mfac_kernels.fisher._joint_bases.JointBases`).
         dtype: of the factors, float32 or float64.
         device: of the factors.
 
@@ -78,6 +81,8 @@ class KroneckerFisher:
         if not 0 <= factor_decay < 1:
             raise ValueError(f"factor_decay: expected a number in [0, 1), got {factor_decay}")
         one_of("approximate", approximate, APPROXIMATE)
+        if approximate == "deflation" and style != "factored":
+            raise ValueError(f'style: expected "factored" with approximate "deflation", got {style!r}')
         self.shapes = tuple(shapes)
         for layer, shape in enumerate(self.shapes):
             if approximate != "kfac" and (shape.lags or shape.two_uses):
@@ -94,11 +99,13 @@ class KroneckerFisher:
         self.refused = torch.zeros(1, dtype=torch.int32, device=device)
         self._counts = torch.zeros(2, dtype=torch.int64, device=device)  # batches accepted, refused
         self.eigen_correction = eigen_correction
-        self._inverses: Inverses = (
-            FactoredInverses(self._stacks, pi_correction)
-            if style == "factored"
-            else Eigenbases(self._stacks, eigen_correction)
-        )
+        self._inverses: Inverses
+        if approximate == "deflation":
+            self._inverses = JointBases(self._stacks, pi_correction)
+        elif style == "factored":
+            self._inverses = FactoredInverses(self._stacks, pi_correction)
+        else:
+            self._inverses = Eigenbases(self._stacks, eigen_correction)
 
     # ---- factors ---------------------------------------------------------------------------------------------------
 
@@ -156,11 +163,11 @@ class KroneckerFisher:
     ) -> None:
         """Rows of one layer as for :meth:`add_moments`: M gains alpha times the sum of w g g^T (x) a a^T.
 
-        Of M, which is never formed, this batch's sums gain A' and B' of ``approximate``.
+        Of M, which is never formed, this batch's sums gain A' and B' of each product of ``approximate``.
         """
         stack, row = self._at(layer)
         if not stack.paired:
-            raise TypeError('add_pairs: expected a KroneckerFisher with approximate "tkfac" or "kpsvd", and no unit')
+            raise TypeError('add_pairs: expected a KroneckerFisher with an approximate other than "kfac", and no unit')
         add_pairs(stack, row, Pairs(inputs, gradients, alpha, weights), self.refused)
 
     @torch.no_grad()
@@ -278,11 +285,15 @@ class KroneckerFisher:
         return bool(stack.weight[row] > 0)
 
     def factors(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The debiased A and B of a layer, (blocks, s, s) each."""
+        """The debiased A and B of a layer, (blocks, s, s) each: of its first product."""
+        return self.products(layer)[0]
+
+    def products(self, layer: int) -> list[Product]:
+        """The debiased A and B of each product of a layer: of two with approximate ``"deflation"``, else of one."""
         stack, row = self._at(layer)
         weight = stack.weight[row].clamp_min(torch.finfo(stack.weight.dtype).tiny)
-        (inputs,) = stack.shape.expand(stack.inputs[row : row + 1])
-        return inputs / weight, stack.outputs[row] / weight
+        products = stack.products(slice(row, row + 1))
+        return [(stack.shape.expand(inputs)[0] / weight, outputs[0] / weight) for inputs, outputs in products]
 
     # ---- products --------------------------------------------------------------------------------------------------
 
@@ -325,8 +336,9 @@ class KroneckerFisher:
         results: list[Tensor] = [torch.empty(0)] * len(self.shapes)
         for stack in self._stacks:
             shape = stack.shape
-            of_inputs = smallest_eigenvectors(shape.expand(stack.inputs), shape.groups, shape.input_width)
-            of_outputs = smallest_eigenvectors(stack.outputs, shape.groups, shape.outputs)
+            inputs, outputs = stack.products()[0]
+            of_inputs = smallest_eigenvectors(shape.expand(inputs), shape.groups, shape.input_width)
+            of_outputs = smallest_eigenvectors(outputs, shape.groups, shape.outputs)
             products = of_outputs[..., None, None] * of_inputs[:, :, None, None]  # (layers, groups, outputs, 1, width)
             rows = gather(shape, products.expand(-1, -1, -1, shape.uses, -1))
             for layer, row in zip(stack.layers, rows, strict=True):

@@ -7,9 +7,7 @@ from torch import Tensor
 
 from mfac_kernels import ops
 from mfac_kernels.fisher._checks import positive_int
-
-Product = tuple[Tensor, Tensor]
-"""A (..., a, a) and B (..., b, b) of B (x) A."""
+from mfac_kernels.fisher._pairs import Product
 
 
 class KroneckerSum:

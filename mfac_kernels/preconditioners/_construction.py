@@ -33,9 +33,14 @@ def check_layers(owner: str, layers: Sequence[Layer], skipped: Mapping[str, str]
         )
 
 
-def check_approximate(approximate: str, layers: Sequence[Layer]) -> None:
-    """ValueError: no such way, or one that a layer has not."""
+def check_approximate(approximate: str, damping_style: str, layers: Sequence[Layer]) -> None:
+    """ValueError: no such way, or one that a layer or the style of damping has not."""
     one_of("approximate", approximate, APPROXIMATE)
+    if approximate == "deflation" and damping_style == "exact":
+        raise ValueError(
+            'damping_style: expected "factored" with approximate "deflation", got "exact": two products and damping I '
+            "have no joint eigenvalues"
+        )
     tied = next((layer.title for layer in layers if layer.shape.two_uses), None)
     if approximate != "kfac" and tied is not None:
         raise ValueError(

@@ -76,10 +76,10 @@ class Covered:
         return text
 
 
-def kronecker_row(layer: Layer, itemsize: int, moments: int) -> CoveredLayer:
+def kronecker_row(layer: Layer, itemsize: int, moments: int, products: int) -> CoveredLayer:
     """Of a layer with two factors; the others as for :meth:`Memory.of`."""
     outputs = "1" if layer.shape.unit else factor_text(layer.shape.output_factor)
-    size = Memory.of(layer.shape, itemsize, moments).total
+    size = Memory.of(layer.shape, itemsize, moments, products).total
     return covered_row(layer, factor_text(layer.shape.input_factor), outputs, size)
 
 

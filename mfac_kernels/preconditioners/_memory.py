@@ -13,18 +13,20 @@ from mfac_kernels.preconditioners.layers.base import Layer
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a layer: average, sum and inverse of A, those of B, and moments in their eigenbasis."""
+    """Bytes of a layer: average, sum and inverse of A, those of B, and moments in their eigenbases."""
 
     inputs: int
     outputs: int
     moments: int
 
     @classmethod
-    def of(cls, shape: KroneckerShape, itemsize: int, moments: int) -> Memory:
-        """``moments``: matrices like the gradient that are kept in the eigenbasis."""
+    def of(cls, shape: KroneckerShape, itemsize: int, moments: int, products: int = 1) -> Memory:
+        """``moments``: matrices like the gradient that are kept in the eigenbases; ``products``: of the averages."""
+        averages = math.prod(shape.input_state), math.prod(shape.output_factor)
+        kept = [products * (average + math.prod(sums)) for average, sums in zip(averages, shape.sums, strict=True)]
         return cls(
-            inputs=itemsize * (math.prod(shape.input_state) + math.prod(shape.input_factor) + math.prod(shape.sums[0])),
-            outputs=itemsize * (2 * math.prod(shape.output_factor) + math.prod(shape.sums[1])),
+            inputs=itemsize * (kept[0] + math.prod(shape.input_factor)),
+            outputs=itemsize * (kept[1] + math.prod(shape.output_factor)),
             moments=itemsize * moments * shape.groups * shape.outputs * shape.input_width,
         )
 
@@ -33,13 +35,16 @@ class Memory:
         return self.inputs + self.outputs + self.moments
 
 
-def check_memory(layers: Sequence[Layer], itemsize: int, moments: int, limit: int | None) -> None:
-    """ValueError if a layer takes more than ``limit`` bytes: with what it needs, and the ways out."""
+def check_memory(layers: Sequence[Layer], itemsize: int, moments: int, products: int, limit: int | None) -> None:
+    """ValueError if a layer takes more than ``limit`` bytes: with what it needs, and the ways out.
+
+    The others as for :meth:`Memory.of`.
+    """
     if limit is None:
         return
     most = positive_int("max_layer_bytes", limit)
     for layer in layers:
-        memory = Memory.of(layer.shape, itemsize, moments)
+        memory = Memory.of(layer.shape, itemsize, moments, products)
         if memory.total <= most:
             continue
         size, argument, factor, name = max(

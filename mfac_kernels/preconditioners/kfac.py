@@ -51,7 +51,8 @@ class KFAC(GatheringPreconditioner):
     as the second pass of SAM, belongs inside :meth:`paused`.
 
     A batch that is not finite (an overflow under a GradScaler) changes nothing and is counted; one without samples is
-    as if there were none. Nothing in a step waits for the device, but for the eigenvalues of ``damping_style="exact"``.
+    as if there were none. Nothing in a step waits for the device, but for eigenvalues: ``damping_style="exact"``,
+    ``approximate="deflation"``.
     What has seen no batch yet keeps its gradient, and is named in one warning if it has one.
 
     Covered: Linear with any leading dimensions, Conv1d, Conv2d, Conv3d with any groups and padding, their transposes
@@ -78,8 +79,12 @@ class KFAC(GatheringPreconditioner):
         approximation: ``"expand"`` or ``"reduce"``.
         approximate: ``"kfac"``; ``"tkfac"``, ``"kpsvd"``: the product B (x) A that has the partial traces of the block
             (1/N) sum g g^T (x) a a^T, or that is nearest to it in the Frobenius norm, found by a power iteration a
-            batch (:mod:`mfac_kernels.fisher._pairs`). Both form a convolution's patches. Not with a weight that is both
-            an embedding's and a head's; blocks of normalization layers are exact with all three.
+            batch (:mod:`mfac_kernels.fisher._pairs`); ``"deflation"``: that one and a second, which is nearest to what
+            it leaves. These form a convolution's patches. Not with a weight that is both an embedding's and a head's;
+            blocks of normalization layers are exact with all of them. The sum of two products is inverted exactly, by
+            joint eigenvalues, with the damping of ``"factored"`` in the first one; where it is not positive it is
+            raised to the damping (:class:`mfac_kernels.fisher._joint_bases.JointBases`), and
+            :meth:`diagnostics` says how often.
         fisher_type: ``"empirical"``: B from the gradients of the loss. ``"mc"``: from those of labels drawn from the
             model: run their backward pass inside :meth:`sampling`.
         pi_correction: divide the damping between A and B by their mean eigenvalues; else evenly.
@@ -108,7 +113,7 @@ class KFAC(GatheringPreconditioner):
     damping, factor_decay, kl_clip and lr may be functions of the step.
 
     Sources: Martens, Grosse, ICML 2015; Grosse, Martens, ICML 2016; Laurent et al., ICLR workshop 2018; Eschenhagen et
-    al., NeurIPS 2023; Gao et al., AAAI 2021 (TKFAC); Koroko et al., 2022 (KPSVD).
+    al., NeurIPS 2023; Gao et al., AAAI 2021 (TKFAC); Koroko et al., 2022 (KPSVD, deflation).
 
     Raises:
         TypeError, ValueError: an argument outside these ranges; no layer, one too large, or layers on several devices.
@@ -181,12 +186,16 @@ class KFAC(GatheringPreconditioner):
             options=options,
             names=names,
         )
-        check_approximate(approximate, self._layers)
+        check_approximate(approximate, damping_style, self._layers)
         dtype = self._dtype
-        moments = 1 + eigen_correction if damping_style == "exact" else 0
-        check_memory(self._layers, dtype.itemsize, moments, max_layer_bytes)
+        products = 2 if approximate == "deflation" else 1
+        moments = 1 + eigen_correction if damping_style == "exact" else products - 1
+        check_memory(self._layers, dtype.itemsize, moments, products, max_layer_bytes)
         self._covered = covered(
-            model, self._layers, self.skipped_layers, lambda layer: kronecker_row(layer, dtype.itemsize, moments)
+            model,
+            self._layers,
+            self.skipped_layers,
+            lambda layer: kronecker_row(layer, dtype.itemsize, moments, products),
         )
         self._ranks = Ranks(process_group)
         self._ranks.check_layers({layer.title: layer.shape for layer in self._layers})

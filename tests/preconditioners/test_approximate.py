@@ -305,7 +305,7 @@ def test_rows_of_a_fisher():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="approximate: expected one of kfac, tkfac, kpsvd, got 'svd'"):
+    with pytest.raises(ValueError, match="approximate: expected one of kfac, tkfac, kpsvd, deflation, got 'svd'"):
         kfac(network(nn.Linear(2, 2)), approximate="svd")
     net = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5))
     net[1].weight = net[0].weight
