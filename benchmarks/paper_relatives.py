@@ -1,6 +1,7 @@
 """K-FAC's relatives on real data, at a size for one core: `make paper-relatives`.
 
-    K-FAC; EKFAC; TKFAC; KPSVD; mini-block Fisher, linear layers with one block for all neurons; K-BFGS; Adam; SGD
+    K-FAC; EKFAC; TKFAC; KPSVD; deflation; mini-block Fisher, linear layers with one block for all neurons; K-BFGS;
+    Adam; SGD
 
 The MNIST autoencoder and a convolutional network on CIFAR-10. Every contender chooses its learning rate and damping
 from one grid, by the loss at the end of short runs on one seed, and keeps them. Momentum 0.9, Fisher matrices of labels

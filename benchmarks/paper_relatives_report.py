@@ -16,8 +16,8 @@ from relatives_runs import CONTENDERS, KBFGS, MINI_BLOCK
 CLAIMS = {
     "EKFAC": "improvements over K-FAC in optimization speed for several architectures (George et al. 2018)",
     "TKFAC": "a bound on the error of the approximation, and a better performance than others (Gao et al. 2021)",
-    "KPSVD": "a more accurate Fisher matrix at a slight additional cost, faster than K-FAC and first-order methods "
-    "on three autoencoders (Koroko et al. 2022)",
+    "KPSVD, deflation": "a more accurate Fisher matrix at a slight additional cost, faster than K-FAC and first-order "
+    "methods on three autoencoders (Koroko et al. 2022)",
     MINI_BLOCK: "a cost of a step only slightly above that of first-order methods, on GPUs; effective in time and in "
     "generalization on autoencoders and convolutional networks (Bahamou et al. 2023)",
     KBFGS: "outperforms or performs comparably to K-FAC and first-order methods on autoencoders "

@@ -17,6 +17,7 @@ KFACS: dict[str, dict[str, Any]] = {
     "EKFAC": {"damping_style": "exact", "eigen_correction": True},
     "TKFAC": {"approximate": "tkfac"},
     "KPSVD": {"approximate": "kpsvd"},
+    "deflation": {"approximate": "deflation"},
 }
 MINI_BLOCK, KBFGS = "mini-block", "K-BFGS"
 CONTENDERS = [*KFACS, MINI_BLOCK, KBFGS, *PLAIN]

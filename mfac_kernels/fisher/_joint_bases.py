@@ -23,6 +23,8 @@ class JointBases(Eigenbases):
     raised to damping |k|^2, since the damped Fisher matrix has none below the damping. With damping I as a third term
     nothing would be diagonal: hence the damping of the first product's factors.
 
+    Source: Koroko et al., 2022 (:mod:`mfac_kernels.fisher._pairs`), whose program takes |s_A| and |s_B| instead.
+
     ``raised``: how many v were, since the start.
     """
 

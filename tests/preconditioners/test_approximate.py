@@ -312,7 +312,7 @@ def test_errors():
     with pytest.raises(ValueError, match='approximate: expected "kfac" with a weight that is used both ways, 0 = 1'):
         kfac(net, approximate="tkfac")
     shape = mk.KroneckerShape(outputs=2, inputs=3)
-    with pytest.raises(TypeError, match="add_pairs: expected a KroneckerFisher with approximate"):
+    with pytest.raises(TypeError, match='add_pairs: expected a KroneckerFisher with an approximate other than "kfac"'):
         mk.KroneckerFisher([shape]).add_pairs(0, seeded(1, 2, 3), seeded(1, 2, 2), 1.0)
     with pytest.raises(ValueError, match=r"shapes\[0\]: expected no lags or two_uses"):
         mk.KroneckerFisher([mk.KroneckerShape(outputs=2, inputs=3, two_uses=True)], approximate="kpsvd")
