@@ -35,6 +35,13 @@ class KFAC:
     and likewise A2 and B2 of the boundary, where S = 1. All four are averaged exponentially, debiased; sqrt(damping) I
     is added to each, and the sum is inverted exactly (:class:`~mfac_kernels.KroneckerSum`).
 
+    The authors' program (f-dangel/kfac-pinns-experiments) has the same factors, inverse, quadratic model and grid of
+    the line search, and differs in four things. Its averages begin at zero and are not debiased. What it calls damping
+    is added to each factor, and as it is to the quadratic model; here the product of two shifts is the model's damping.
+    The momentum of its line search is of directions, v <- momentum v + direction with the step a rate times v; here it
+    is of steps, as short as the search has made them. The first step of its KFAC* is 1e-6 times the direction; here it
+    is the model's minimum along it.
+
     Args:
         net: float64; linear layers and :data:`~mfac_kernels.pinn.ACTIVATIONS`.
         equation, boundary: either may have derivatives.
@@ -42,7 +49,7 @@ class KFAC:
         factor_decay: of the averages, in [0, 1).
         step_rule: ``"quadratic_model"``, the paper's KFAC*: alpha and mu of the step alpha direction + mu (last step)
             minimise the quadratic model with the exact, damped Gauss-Newton matrix of the batch. ``"line_search"``, the
-            paper's KFAC: direction + momentum * (last step), as far as :func:`line_search` goes.
+            paper's KFAC but for its momentum: direction + momentum * (last step), as far as :func:`line_search` goes.
         momentum: for the line search, in [0, 1).
 
     A step waits for the device.

@@ -48,6 +48,13 @@ class KBFGS(KeptPreconditioner):
     may follow; with plain SGD of rate lr the trial weights are those that it sets. What the second pass does besides
     is done twice: running statistics of batch normalization, random numbers of dropout.
 
+    The authors' program for linear layers (renyiryry/kbfgs_neurips2020_public) has the same pairs, averages, trial
+    weights, first matrices and theta. Apart from these: y becomes theta y + (1 - theta) s, and only where s^T y is less
+    than sqrt(damping) s^T s, in place of y + sqrt(damping / S) s; updates with s^T y <= 1e-4 s^T s |gbar| are left out,
+    here those with s^T y <= 0; the mean input has its own mean in the bias's place, here 1; A begins with a pass over
+    the data, here with the first batch and debiased, so that the first step's H_A is I; momentum is of gradients before
+    they are preconditioned. The powers of S are those of the extension to convolutions.
+
     Covered: linear layers and convolutions. A batch that is not finite, in either pass, changes nothing and is counted.
 
     Args:

@@ -42,6 +42,11 @@ class MiniBlockFisher(KeptPreconditioner):
     too much ``linear="mean"`` keeps one block for all neurons, the mean of theirs. Per-sample gradients are formed some
     samples at a time; inputs and output gradients are kept from each backward pass to the step.
 
+    The published program has the same blocks of convolutions and of their biases, but takes the outer products of whole
+    batches' gradients, of labels drawn from the model, in place of samples'. Its averages begin with a pass over the
+    data, where these are debiased; normalization layers have their diagonal (``normalization="diagonal"``); a linear
+    layer has one mean block; momentum is of gradients before they are preconditioned.
+
     A batch that is not finite changes nothing and is counted. What has seen no batch keeps its gradient. Embeddings and
     weights that two modules share are left alone.
 
