@@ -94,7 +94,6 @@ def main() -> None:
 
     for row in settings_grid(plan[1].setting)[len(grid) :]:
         grid.append(grid_row(subject, *row))
-        write()
     for part in plan:
         if part.title in tables:
             continue
