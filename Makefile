@@ -14,7 +14,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-wheel gpu wheel abi-check docs clean
+.PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-audit cuda-wheel gpu wheel abi-check docs clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD, Adam, M-FAC and K-FAC: runs/demo'
@@ -32,6 +32,7 @@ help:
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
 	@echo 'make simt      the op tests on the CUDA kernels, run on the CPU in three orders of threads'
 	@echo 'make cuda-check  every CUDA kernel compiled for the default architectures; registers, shared memory, spills'
+	@echo 'make cuda-audit  what bounds the kernels that cuda-check compiled, from their machine code; fails if loads get narrower'
 	@echo 'make cuda-wheel  a wheel for CUDA in dist/cuda, built, imported and fake-run; needs no GPU'
 	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; DRY=1: on the CPU'
 	@echo 'make wheel     a manylinux wheel in dist/'
@@ -161,6 +162,10 @@ cuda-check: $(stamp)
 	    -DTORCH_TARGET_VERSION=0x020a000000000000 -Icsrc $(addprefix -isystem ,$(torch_includes)) \
 	    -c $$glue -o build/cuda-check/$$(echo $$glue | tr / .).o || exit; done
 	$(bin)/python tools/cuda_resources.py <build/cuda-check/log
+
+# Of what cuda-check left: it compiles, this reads.
+cuda-audit: $(stamp) $(stamp)-audit
+	$(bin)/python tools/cuda_audit.py build/cuda-check benchmarks/results/cuda_audit.md
 
 cuda-wheel: $(stamp)
 	$(bin)/python tools/cuda_wheel.py --torch 'torch===$(TORCH)'
