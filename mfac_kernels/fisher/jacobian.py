@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Call", "JacobianProduct", "LayerMap"]
+__all__ = ["Call", "JacobianProduct", "LayerMap", "Rows"]
 
 
 class LayerMap(Protocol):
@@ -52,6 +53,25 @@ class Call:
         return len(self.gradients) // self.repeats
 
 
+@dataclass
+class Rows:
+    """A call of a layer of which its part of J itself is known.
+
+    Attributes:
+        layer: which of the maps.
+        values: (n, rows * columns of the block).
+        first: as a :class:`Call`'s.
+    """
+
+    layer: int
+    values: Tensor
+    first: int = 0
+
+    @property
+    def samples(self) -> int:
+        return len(self.values)
+
+
 class JacobianProduct:
     """J (N, p), a row for each sample: the gradients of its loss in all layers, side by side; never formed.
 
@@ -68,6 +88,7 @@ class JacobianProduct:
     Args:
         maps: one for each layer.
         calls: of the batch; layers without one have zero columns in J.
+        rows: calls whose part of J is smaller than what it comes from.
         weights: (N,) or () or a number, w above; default 1 / N, the mean over samples.
         samples: N, where calls do not tell it: they have none, or not the last.
         dtype: of the arithmetic and of the blocks.
@@ -79,25 +100,32 @@ class JacobianProduct:
         maps: Sequence[LayerMap],
         calls: Sequence[Call],
         *,
+        rows: Sequence[Rows] = (),
         weights: Tensor | float | None = None,
         samples: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        self.maps, self.calls = list(maps), list(calls)
+        self.maps, self.calls, self.rows = list(maps), list(calls), list(rows)
         for call in self.calls:
             if len(call.inputs) != len(call.gradients) or len(call.gradients) % call.repeats:
                 raise ValueError(
                     f"calls: layer {call.layer}: expected as many rows of inputs as of gradients, a multiple of "
                     f"{call.repeats}, got {len(call.inputs)} and {len(call.gradients)}"
                 )
-        last = max((call.first + call.samples for call in self.calls), default=0)
+        for part in self.rows:
+            p = math.prod(self.maps[part.layer].shape)
+            if part.values.dim() != 2 or part.values.shape[1] != p:
+                raise ValueError(f"rows: layer {part.layer}: expected (n, {p}), got {tuple(part.values.shape)}")
+        ends = [call.first + call.samples for call in self.calls] + [part.first + part.samples for part in self.rows]
+        last = max(ends, default=0)
         self.samples = last if samples is None else samples
         if last > self.samples:
             raise ValueError(f"samples: expected at least {last}, the calls', got {samples}")
         self.weights = 1 / max(1, self.samples) if weights is None else weights
         self.dtype = dtype
-        self.device = self.calls[0].gradients.device if self.calls else torch.device(device or "cpu")
+        known = [call.gradients for call in self.calls] + [part.values for part in self.rows]
+        self.device = known[0].device if known else torch.device(device or "cpu")
 
     def layer_jvp(self, x: Sequence[Tensor]) -> Tensor:
         """The products of each layer's columns of J with its block of x -> (N, layers); their sum is J x."""
@@ -107,6 +135,9 @@ class JacobianProduct:
             outputs = self.maps[call.layer].forward(self.cast(call.inputs), x[call.layer].to(self.dtype))
             each = sample_dots(self.cast(call.gradients), outputs).view(-1, call.repeats).sum(1)
             dots[call.first : call.first + call.samples, call.layer] += each
+        for part in self.rows:
+            each = self.cast(part.values) @ x[part.layer].to(self.dtype).reshape(-1)
+            dots[part.first : part.first + part.samples, part.layer] += each
         return dots
 
     def jvp(self, x: Sequence[Tensor]) -> Tensor:
@@ -119,14 +150,21 @@ class JacobianProduct:
             raise ValueError(f"w: expected shape ({self.samples},), got {tuple(w.shape)}")
         w = w.to(self.dtype)
         blocks: list[Tensor | None] = [None] * len(self.maps)
+
+        def add(layer: int, part: Tensor) -> None:
+            known = blocks[layer]
+            blocks[layer] = part if known is None else known.add_(part)
+
         for call in self.calls:
             each = w[call.first : call.first + call.samples].repeat_interleave(call.repeats)
             g = self.cast(call.gradients)
             part = self.maps[call.layer].weight_gradient(
                 self.cast(call.inputs), g * each.view(-1, *[1] * (g.dim() - 1))
             )
-            known = blocks[call.layer]
-            blocks[call.layer] = part if known is None else known.add_(part)
+            add(call.layer, part)
+        for rows in self.rows:
+            part = w[rows.first : rows.first + rows.samples] @ self.cast(rows.values)
+            add(rows.layer, part.view(self.maps[rows.layer].shape))
         return [
             torch.zeros(m.shape, dtype=self.dtype, device=self.device) if block is None else block
             for m, block in zip(self.maps, blocks, strict=True)

@@ -300,19 +300,22 @@ class KroneckerFisher:
     @torch.no_grad()
     def ihvp(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """F^-1 g: one gradient (groups * outputs, columns) for each layer -> the same shapes, in the factors' dtype."""
+        return self.ihvp_(list(gradients))
+
+    def ihvp_(self, gradients: list[Tensor]) -> list[Tensor]:
+        """As :meth:`ihvp`, in place of the list's entries: each tensor is let go of as soon as it has been read."""
         if len(gradients) != len(self.shapes):
             raise ValueError(f"gradients: expected {len(self.shapes)}, one for each layer, got {len(gradients)}")
         for layer, (g, shape) in enumerate(zip(gradients, self.shapes, strict=True)):
             expected = (shape.groups * shape.outputs, shape.columns)
             if tuple(g.shape) != expected:
                 raise ValueError(f"gradients[{layer}]: expected shape {expected}, got {tuple(g.shape)}")
-        results: list[Tensor] = [torch.empty(0)] * len(gradients)
         for stack in self._stacks:
             stacked = stack.gather_rows(gradients)
             product = gather(stack.shape, self._inverses.apply(stack, spread(stack.shape, stacked)))
             for layer, row in zip(stack.layers, product, strict=True):
-                results[layer] = row
-        return results
+                gradients[layer] = row
+        return gradients
 
     def inverse(self, layer: int) -> Tensor:
         """The inverse that :meth:`ihvp` applies, dense: (p, p) with p = groups * outputs * columns. For tests."""

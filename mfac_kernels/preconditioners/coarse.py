@@ -34,8 +34,8 @@ class Step:
 
     Attributes:
         fisher: factors and inverses of the layers: ``factors(layer)``, ``shapes``.
-        gradients, update: the gradients, and what K-FAC makes of them.
-        residual: gradients - F update; only where :attr:`CoarseSpace.needs_residual` is set.
+        gradients, update: the gradients, and what K-FAC makes of them; to be read.
+        residual: gradients - F update, to be written to, too; only where :attr:`CoarseSpace.needs_residual` is set.
     """
 
     fisher: KroneckerFisher
@@ -95,7 +95,7 @@ class Residual(CoarseSpace):
 
     def rows(self, step: Step) -> Sequence[Blocks]:
         assert step.residual is not None
-        return [step.inverse(step.residual)]
+        return [step.fisher.ihvp_(step.residual)]
 
 
 class KrylovNicolaides(CoarseSpace):
@@ -115,7 +115,7 @@ class KrylovResidual(CoarseSpace):
 
     def rows(self, step: Step) -> Sequence[Blocks]:
         assert step.residual is not None
-        first = step.inverse(step.residual)
+        first = step.fisher.ihvp_(step.residual)
         return [first, _apart_(step.inverse(first), first)]
 
 

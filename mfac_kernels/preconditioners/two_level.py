@@ -50,9 +50,10 @@ class TwoLevelKFAC(KFAC):
     damping that is good for K-FAC can be too small here. And what inverses miss that are some steps old, the correction
     is too narrow to mend.
 
-    Inputs and output gradients are kept from each backward pass to the step, every step, whatever
-    ``factor_update_steps``; under ``fisher_type="mc"`` those of :meth:`sampling`, which each step then needs. Layers
-    that are not called, or without a row for each sample, keep K-FAC's step.
+    Inputs and output gradients of each layer, or its samples' gradients where these are smaller, are kept from each
+    backward pass to the step, every step, whatever ``factor_update_steps``; under ``fisher_type="mc"`` those of
+    :meth:`sampling`, which each step then needs. Layers that are not called, or without a row for each sample, keep
+    K-FAC's step.
 
     Args:
         coarse_space: ``"nicolaides"``, ``"residual"``, ``"spectral"``, ``"krylov_nicolaides"``, ``"krylov_residual"``;
@@ -96,7 +97,8 @@ class TwoLevelKFAC(KFAC):
         self.combination, self.omega = combination, omega
         super().__init__(model, damping, **options)
         self._omega()
-        self._batch = FisherBatch(self._layers, self._gatherer.counting, fisher_batch, "TwoLevelKFAC")
+        rows = None if self._factorized else self.fisher.dtype
+        self._batch = FisherBatch(self._layers, self._gatherer.counting, fisher_batch, "TwoLevelKFAC", rows)
         self._gatherer.kept = self._batch
         self._basis: Basis | None = None
         device = self.fisher.refused.device

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from mfac_kernels.fisher.jacobian import LayerMap
 from mfac_kernels.fisher.kronecker import KroneckerShape, Pairs
 from mfac_kernels.preconditioners.layers.forms import block_of
+from mfac_kernels.preconditioners.layers.maps import SampleMap
 
 Spatial = Literal["full", "sua"]
 Approximation = Literal["expand", "reduce"]
@@ -202,7 +202,7 @@ class Layer(ABC):
         """In place of these where the shape is a ``unit``: to A, the block of gradients of samples, or of positions."""
         raise NotImplementedError
 
-    def linear_map(self) -> LayerMap | None:
+    def linear_map(self) -> SampleMap | None:
         """The layer as a function of its parameters, for products with the exact Fisher matrix; None: it has none."""
         return None
 

@@ -5,12 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ConvolutionMap", "EmbeddingMap", "LinearMap", "ScaleMap", "ShiftMap"]
+from mfac_kernels.fisher.jacobian import LayerMap
+
+__all__ = ["ConvolutionMap", "EmbeddingMap", "LinearMap", "SampleMap", "ScaleMap", "ShiftMap"]
+
+# Elements of patches at a time: what a core's cache holds, or few launches.
+_PATCHES = {"cpu": 1 << 18, "cuda": 1 << 25}
+
+
+class SampleMap(LayerMap, Protocol):
+    """A map that knows the gradients of single samples, too."""
+
+    def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        """The terms of :meth:`weight_gradient`, one for each sample: (n, rows * columns)."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,10 @@ class LinearMap:
         if self.bias:
             torch.sum(g, 0, out=block[:, -1])
         return block
+
+    def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        a, g = positions_of(a), positions_of(g)
+        return (g.mT @ (F.pad(a, (0, 1), value=1.0) if self.bias else a)).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,31 @@ class ConvolutionMap:
         matrix = weight.reshape(self.outputs, -1)
         return torch.cat([matrix, bias[:, None]], 1) if self.bias else matrix
 
+    def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        """Products of g with patches of a, those of a few samples at a time."""
+        n, columns = len(a), self.channels // self.groups * math.prod(self.kernel_size)
+        matrix = g.new_empty(n, self.outputs, columns + self.bias)
+        if self.bias:
+            torch.sum(g.flatten(2), 2, out=matrix[:, :, -1])
+        a = self._padded(a)
+        wide, narrow = (g, a) if self.transposed else (a, g)
+        wide = F.pad(wide, [p for pad in reversed(self.padding) for p in (pad, pad)])
+        positions = math.prod(narrow.shape[2:])
+        step = max(1, _PATCHES.get(a.device.type, 1 << 18) // max(1, self.groups * columns * positions))
+        for begin in range(0, n, step):
+            part = slice(begin, begin + step)
+            patches = self._windows(wide[part], narrow.shape[2:]).reshape(-1, self.groups, columns, positions)
+            rows = narrow[part].reshape(-1, self.groups, self.outputs // self.groups, positions)
+            matrix[part, :, :columns] = (rows @ patches.mT).flatten(1, 2)
+        return matrix.flatten(1)
+
+    def _windows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """x (n, channels, ...), padded, as its windows (n, channels, *kernel_size, *counts): a view."""
+        n, channels, *strides = x.stride()
+        inside = [s * dilation for s, dilation in zip(strides, self.dilation, strict=True)]
+        between = [s * stride for s, stride in zip(strides, self.stride, strict=True)]
+        return x.as_strided((*x.shape[:2], *self.kernel_size, *counts), (n, channels, *inside, *between))
+
     @property
     def _geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]:
         """stride, padding, dilation, transposed, output padding, groups: what torch's convolutions end with."""
@@ -124,6 +166,10 @@ class EmbeddingMap:
             rows[self.padding_idx].zero_()
         return rows.mT
 
+    def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        chosen = one_hot(a, self.indices, self.padding_idx, g.dtype)
+        return (positions_of(g).mT @ chosen).flatten(1)
+
 
 @dataclass(frozen=True)
 class ScaleMap:
@@ -142,8 +188,11 @@ class ScaleMap:
         return torch.addcmul(shift[0], a, scale) if shift else a * scale
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        return self.sample_gradients(a, g).sum(0).view(self.shape)
+
+    def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
         columns = [self._sum(g * a), self._sum(g)] if self.bias else [self._sum(g * a)]
-        return torch.stack(columns, 1).reshape(self.shape)
+        return torch.stack(columns, 2).flatten(1)
 
     def _spread(self, column: Tensor, a: Tensor) -> Tensor:
         if self.unit_dims:
@@ -151,9 +200,10 @@ class ScaleMap:
         return column.view(-1, *[1] * (a.dim() - 2))
 
     def _sum(self, x: Tensor) -> Tensor:
+        """Over a sample's positions -> (n, units)."""
         if self.unit_dims:
-            return x.reshape(-1, self.units).sum(0)
-        return x.reshape(len(x), self.units, -1).sum((0, 2))
+            return x.reshape(len(x), math.prod(x.shape[1 : x.dim() - self.unit_dims]), self.units).sum(1)
+        return x.reshape(len(x), self.units, math.prod(x.shape[2:])).sum(2)
 
 
 @dataclass(frozen=True)
@@ -170,7 +220,23 @@ class ShiftMap:
         return block.view(1, -1, *[1] * (a.dim() - 2))
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
-        return g.flatten(2).sum((0, 2))[None]
+        return self.sample_gradients(a, g).sum(0)[None]
+
+    def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        return g.flatten(2).sum(2)
+
+
+def positions_of(x: Tensor) -> Tensor:
+    """(n, ..., width) -> (n, positions, width)."""
+    return x.reshape(len(x), math.prod(x.shape[1:-1]), x.shape[-1])
+
+
+def one_hot(indices: Tensor, count: int, padding_idx: int | None, dtype: torch.dtype) -> Tensor:
+    """(n, ...) -> (n, positions, count), zeros where an index is ``padding_idx``."""
+    chosen = positions_of(F.one_hot(indices, count)).to(dtype)
+    if padding_idx is not None:
+        chosen[:, :, padding_idx] = 0
+    return chosen
 
 
 def _distinct_rows(block: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from mfac_kernels.preconditioners.layers.base import Add, Handle, Hook, Layer, O
 from mfac_kernels.preconditioners.layers.embedding import EmbeddingLayer
 from mfac_kernels.preconditioners.layers.forms import block_of
 from mfac_kernels.preconditioners.layers.linear import LinearLayer
-from mfac_kernels.preconditioners.layers.maps import LinearMap
+from mfac_kernels.preconditioners.layers.maps import LinearMap, one_hot, positions_of
 
 
 class TiedLayer(Layer):
@@ -161,3 +161,10 @@ class TiedMap(LinearMap):
         if self.padding_idx is not None:
             block[self.padding_idx].zero_()
         return block
+
+    def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
+        if a.is_floating_point():
+            return super().sample_gradients(a, g)
+        chosen = one_hot(a, self.outputs, self.padding_idx, g.dtype)
+        block = chosen.mT @ positions_of(g)
+        return (F.pad(block, (0, 1)) if self.bias else block).flatten(1)
