@@ -87,7 +87,7 @@ def verify(stepper: Stepper) -> None:
 
 
 def megabytes(script: str, problem: str, contender: str) -> float:
-    """Of a script that calls :func:`measure`; with each tensor mapped by itself, else what the allocator keeps counts."""
+    """Of a script that calls :func:`measure`; each tensor mapped by itself: what the allocator keeps would count."""
     command = [sys.executable, script, problem, contender]
     mapped = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     return float(subprocess.run(command, capture_output=True, check=True, env=mapped).stdout)
