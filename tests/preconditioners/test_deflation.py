@@ -219,26 +219,6 @@ def test_batches_of_float32_have_no_gradient_and_overflow_apart():
     assert p.diagnostics()["skipped"] == 1
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_resumes_bit_for_bit(every):
-    def make() -> tuple[nn.Module, mk.KFAC]:
-        net = network(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(27, 2))
-        return net, kfac(net, approximate="deflation", inv_update_steps=every)
-
-    net, p = make()
-    for step in range(4):
-        run(net, p, seeded(5, 2, 5, 5, seed=step))
-    other, q = make()
-    other.load_state_dict(net.state_dict())
-    q.load_state_dict(copy.deepcopy(p.state_dict()))
-    for step in range(4, 8):
-        for n, r in ((net, p), (other, q)):
-            run(n, r, seeded(5, 2, 5, 5, seed=step))
-        for a, b in zip(net.parameters(), other.parameters(), strict=True):
-            assert torch.equal(a.grad, b.grad)
-    assert p.diagnostics() == q.diagnostics()
-
-
 def test_a_state_of_one_product_is_refused():
     net = network(nn.Linear(3, 2))
     p, q = (kfac(net, approximate=way) for way in ("deflation", "kpsvd"))

@@ -11,8 +11,15 @@ from torch import nn
 
 import mfac_kernels as mk
 
+RESUMED = [
+    {},
+    {"damping_style": "exact", "eigen_correction": True, "inv_update_steps": 3},
+    {"approximate": "deflation"},
+    {"approximate": "deflation", "inv_update_steps": 3},
+]
 
-@pytest.mark.parametrize("options", [{}, {"damping_style": "exact", "eigen_correction": True, "inv_update_steps": 3}])
+
+@pytest.mark.parametrize("options", RESUMED)
 def test_state_resumes_bit_for_bit(options):
     def make() -> tuple[nn.Module, mk.KFAC]:
         net = network(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(27, 2))
@@ -29,6 +36,7 @@ def test_state_resumes_bit_for_bit(options):
             run(n, r, seeded(5, 2, 5, 5, seed=step))
         for a, b in zip(net.parameters(), other.parameters(), strict=True):
             assert torch.equal(a.grad, b.grad)
+    assert p.diagnostics() == q.diagnostics()
 
 
 def test_state_that_does_not_fit_changes_nothing():
