@@ -1,7 +1,8 @@
 """``python tools/cuda_audit.py build/cuda-check benchmarks/results/cuda_audit.md``: what bounds the hot kernels.
 
 Reads the objects that `make cuda-check` left, writes a table for each architecture, and fails if a hot kernel
-(tools/cuda_hot_kernels.py) has fewer or narrower loads than expected, local memory, or no tensor cores where it should.
+(tools/cuda_hot_kernels.py) has fewer or narrower loads than expected, or fewer of them in flight, or local memory, or
+no tensor cores where it should.
 
 The main loop is the one with most multiply-adds (or bytes loaded, for kernels that add and copy) of those whose way
 leads through no other one; among equals the one with the widest loads, then the shortest. A tile is that loop, or the
@@ -144,6 +145,9 @@ def faults(function: sass.Function, hot: HotKernel, tile: Tile) -> Iterator[str]
     wide = sum(n for (_, bytes_), n in tile.loads.items() if bytes_ >= width)
     if wide < count:
         yield f"{wide} loads of {width} bytes or more, expected {count}"
+    in_flight = sass.most_in_flight(tile.instructions, width)
+    if in_flight < hot.in_flight:
+        yield f"{in_flight} bytes of them in flight, expected {hot.in_flight}"
     if hot.tensor and not tile.tensor.startswith(hot.tensor):
         yield f"no {hot.tensor} in the main loop"
 

@@ -14,6 +14,7 @@ class HotKernel:
     name: str  # as tools/cuda_resources.py has it
     threads: int
     loads: tuple[int, int]  # so many loads a tile, at least, of so many bytes, at least
+    in_flight: int = 0  # bytes of such loads that a thread waits for at once, at least
     tensor: str = ""  # the instruction of tensor cores that must be there
     multiply_adds: int = 0  # of a thread and tile, if it makes several turns of an inner loop
     copies: int = 0  # loads that an inner loop makes in all its turns
@@ -35,25 +36,25 @@ _SQUARE = 64 * 16 * 16  # bytes of kSquareBytes, float32
 
 HOT_KERNELS = [
     # The window: 4 rows of 16 bytes a lane (8 where four vectors meet 16-bit rows)
-    HotKernel("dots_kernel<float, 1, false>", 256, (4, 16), streams=True),
-    HotKernel("dots_kernel<bf16, 1, false>", 256, (4, 16), streams=True),
-    HotKernel("dots_kernel<double, 1, false>", 256, (4, 16), streams=True),
-    HotKernel("dots_kernel<float, 4, false>", 256, (4, 16), streams=True),
-    HotKernel("dots_kernel<bf16, 4, false>", 256, (4, 8), streams=True),
-    HotKernel("dots_kernel<float, 1, true>", 256, (4, 16), streams=True),
-    HotKernel("dots_kernel<bf16, 1, true>", 256, (4, 16), streams=True),
-    HotKernel("combine_kernel<float, 1>", 256, (4, 16), streams=True),
-    HotKernel("combine_kernel<bf16, 1>", 256, (4, 16), streams=True),
-    HotKernel("combine_kernel<float, 4>", 256, (4, 16), streams=True),
+    HotKernel("dots_kernel<float, 1, false>", 256, (4, 16), 32, streams=True),
+    HotKernel("dots_kernel<bf16, 1, false>", 256, (4, 16), 32, streams=True),
+    HotKernel("dots_kernel<double, 1, false>", 256, (4, 16), 32, streams=True),
+    HotKernel("dots_kernel<float, 4, false>", 256, (4, 16), 32, streams=True),
+    HotKernel("dots_kernel<bf16, 4, false>", 256, (4, 8), 32, streams=True),
+    HotKernel("dots_kernel<float, 1, true>", 256, (4, 16), 32, streams=True),
+    HotKernel("dots_kernel<bf16, 1, true>", 256, (4, 16), 32, streams=True),
+    HotKernel("combine_kernel<float, 1>", 256, (4, 16), 32, streams=True),
+    HotKernel("combine_kernel<bf16, 1>", 256, (4, 16), 32, streams=True),
+    HotKernel("combine_kernel<float, 4>", 256, (4, 16), 32, streams=True),
     HotKernel("insert_kernel", 512, (0, 0), serial=True),
     # Fixed gradients: elements one by one, of any stride and alignment
     HotKernel(f"gram_kernel<float, float, {_FMA[128]} >", 256, (12, 4), multiply_adds=512),
     HotKernel(f"gram_kernel<bf16, float, {_FMA[128]} >", 256, (12, 2), multiply_adds=512),
     HotKernel(f"gram_kernel<float, float, {_FMA[64]} >", 256, (16, 4), multiply_adds=512),
     HotKernel(f"gram_kernel<float, float, {_FMA[32]} >", 64, (16, 4), multiply_adds=256),
-    HotKernel("gram_kernel<float, double, MmaTile<128, 64, 4, 2, 8> >", 256, (6, 4), "DMMA"),
+    HotKernel("gram_kernel<float, double, MmaTile<128, 64, 4, 2, 8> >", 256, (6, 4), tensor="DMMA"),
     HotKernel("column_squares_kernel<float>", 256, (12, 4), multiply_adds=512),
-    HotKernel("column_squares_kernel<double>", 256, (6, 8), "DMMA"),
+    HotKernel("column_squares_kernel<double>", 256, (6, 8), tensor="DMMA"),
     HotKernel(f"block_product_kernel<float, {_FMA[128]} >", 256, (12, 4), multiply_adds=512),
     HotKernel(f"block_product_kernel<float, {_FMA[32]} >", 64, (16, 4), multiply_adds=256),
     # Kronecker factors
@@ -61,10 +62,16 @@ HOT_KERNELS = [
     HotKernel("products_kernel<float, 128, false, Together<FactorProducts> >", 256, (8, 4), multiply_adds=512),
     HotKernel("products_kernel<float, 64, false, Products>", 256, (4, 4), multiply_adds=128),
     HotKernel("products_kernel<double, 64, false, Products>", 256, (4, 8), multiply_adds=128),
-    HotKernel("tensor_kernel<bf16, Products>", 128, (8, 16), "HMMA", copies=8, dynamic=3 * 2 * 32 * 136 * 2),
-    HotKernel("tensor_kernel<float, Products>", 128, (8, 16), "HMMA", copies=8, dynamic=3 * 2 * 16 * 136 * 4),
+    HotKernel("tensor_kernel<bf16, Products>", 128, (8, 16), 256, "HMMA", copies=8, dynamic=3 * 2 * 32 * 136 * 2),
+    HotKernel("tensor_kernel<float, Products>", 128, (8, 16), 256, "HMMA", copies=8, dynamic=3 * 2 * 16 * 136 * 4),
     HotKernel(
-        "tensor_kernel<bf16, Together<FactorProducts> >", 128, (8, 16), "HMMA", copies=8, dynamic=3 * 2 * 32 * 136 * 2
+        "tensor_kernel<bf16, Together<FactorProducts> >",
+        128,
+        (8, 16),
+        256,
+        "HMMA",
+        copies=8,
+        dynamic=3 * 2 * 32 * 136 * 2,
     ),
     HotKernel("finish_kernel<float, 32, 1>", 256, (1, 4), streams=True, most_loads=True),
     HotKernel("finish_kernel<float, 8, 4>", 256, (1, 4), streams=True, most_loads=True),

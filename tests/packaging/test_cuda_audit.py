@@ -89,6 +89,7 @@ def test_check():
     assert faults(SAMPLE.replace("LDG.E.128 R8", "LDG.E.64 R8")) == ["1 loads of 16 bytes or more, expected 2"]
     spilled = SAMPLE.replace("IADD3 R19, R19, 0x400, RZ", "LDL R19, [R1]            ")
     assert faults(spilled) == ["1 accesses to local memory"]
+    assert faults(SAMPLE, replace(HOT, in_flight=64)) == ["32 bytes of them in flight, expected 64"]
     assert faults(SAMPLE, replace(HOT, tensor="HMMA")) == ["no HMMA in the main loop"]
 
 

@@ -21,12 +21,12 @@ struct CombineArguments {
 };
 
 // sum += rows [i, i + kRows) times their coefficients, which are `rows` apart from vector to vector
-template <int kRows, int kVectors, bool kAligned, int kColumns, class T>
-__device__ __forceinline__ void combine_rows(const T* g, int64_t stride, int width, const double* const (&coefficients)[kVectors],
+template <int kRows, int kVectors, int kColumns, class T, class Load>
+__device__ __forceinline__ void combine_rows(const T* g, int64_t stride, const Load& load, const double* const (&coefficients)[kVectors],
                                              int64_t i, Lift<T> (&lift)[kColumns], double (&sum)[kVectors][kColumns]) {
   Pack<T, kColumns> pack[kRows];
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) pack[r] = load_step<kAligned, kColumns>(g + (i + r) * stride, width);
+  for (int r = 0; r < kRows; ++r) pack[r] = load(g + (i + r) * stride);
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     double value[kColumns];
@@ -41,17 +41,17 @@ __device__ __forceinline__ void combine_rows(const T* g, int64_t stride, int wid
   }
 }
 
-// This warp's share of the rows
-template <int kVectors, bool kAligned, int kColumns, class T>
-__device__ __forceinline__ void combine_warp(const T* g, int64_t stride, int64_t rows, int width,
+// This warp's share of the rows, whose elements are load(row)
+template <int kVectors, int kColumns, class T, class Load>
+__device__ __forceinline__ void combine_warp(const T* g, int64_t stride, int64_t rows, const Load& load,
                                              const double* const (&coefficients)[kVectors], double (&sum)[kVectors][kColumns]) {
   constexpr int kRows = WindowTile<T, kVectors>::kRows;
   const int warp = warp_of_thread();
   const int64_t whole = rows / kRows * kRows;
   Lift<T> lift[kColumns];
-  for (int64_t i = warp * kRows; i < whole; i += kWarps * kRows)
-    combine_rows<kRows, kVectors, kAligned>(g, stride, width, coefficients, i, lift, sum);
-  if (whole + warp < rows) combine_rows<1, kVectors, kAligned>(g, stride, width, coefficients, whole + warp, lift, sum);
+#pragma unroll 1  // as in pass 1
+  for (int64_t i = warp * kRows; i < whole; i += kWarps * kRows) combine_rows<kRows>(g, stride, load, coefficients, i, lift, sum);
+  if (whole + warp < rows) combine_rows<1>(g, stride, load, coefficients, whole + warp, lift, sum);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v)
 #pragma unroll
@@ -77,12 +77,25 @@ __global__ void __launch_bounds__(kThreads, kBlocks) combine_kernel(const Combin
   for (int v = 0; v < kVectors; ++v)
     coefficients[v] = a.coefficients + (block * a.out.rows + min(first_vector + v, a.out.rows - 1)) * a.window.rows;
   const T* const g = static_cast<const T*>(a.window.data) + first_column;
-  const bool aligned = is_aligned<T, Tile::kColumns>(g, a.window.stride);
+  const bool is_whole = width == Tile::kStep;
+  bool aligned = is_aligned<T, Tile::kColumns>(g, a.window.stride);
   double sum[kVectors][Tile::kColumns] = {};
-  if (aligned)
-    combine_warp<kVectors, true>(g, a.window.stride, a.window.rows, width, coefficients, sum);
-  else
-    combine_warp<kVectors, false>(g, a.window.stride, a.window.rows, width, coefficients, sum);
+  const auto combine = [&](const auto& load) { combine_warp(g, a.window.stride, a.window.rows, load, coefficients, sum); };
+  if constexpr (kVectors == 1) {
+    aligned &= is_whole;
+    if (aligned)
+      combine([](const T* p) { return load_step<true, Tile::kColumns>(p); });
+    else
+      combine([&](const T* p) { return load_ragged_step<false, Tile::kColumns>(p, width); });
+  } else {  // in loops of their own they need more registers than there are
+    const auto load = [&]<bool kAligned>(const T* p) {
+      return is_whole ? load_step<kAligned, Tile::kColumns>(p) : load_ragged_step<kAligned, Tile::kColumns>(p, width);
+    };
+    if (aligned)
+      combine([&](const T* p) { return load.template operator()<true>(p); });
+    else
+      combine([&](const T* p) { return load.template operator()<false>(p); });
+  }
 #pragma unroll
   for (int v = 0; v < kVectors; ++v)
 #pragma unroll

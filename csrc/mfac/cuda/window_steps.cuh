@@ -68,24 +68,27 @@ __device__ __forceinline__ bool is_aligned(const T* first, int64_t stride) {
   return (reinterpret_cast<uintptr_t>(first) | static_cast<uintptr_t>(stride * sizeof(T))) % (kColumns * sizeof(T)) == 0;
 }
 
-// This lane's elements of a step with `width` columns; those past it are zero.
+// This lane's elements of a step: of a whole one, or of the first `width` columns, zeros after them. Nothing divides the loads of a whole
+// step, so that those of several rows are on their way at once: elements of 16 bits are taken apart where a branch ends, which waits.
 template <bool kAligned, int kColumns, class T>
-__device__ __forceinline__ Pack<T, kColumns> load_step(const T* p, int width) {
+__device__ __forceinline__ Pack<T, kColumns> load_step(const T* p) {
   const int lane = lane_of_thread();
   Pack<T, kColumns> pack;
-  if (width >= kWarpSize * kColumns) {
-    if constexpr (kAligned) {
-      pack = load_pack<T, kColumns>(p + lane * kColumns);
-    } else {
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) pack.values[c] = p[column_of<kColumns, kAligned>(lane, c)];
-    }
+  if constexpr (kAligned) {
+    pack = load_pack<T, kColumns>(p + lane * kColumns);
   } else {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) {
-      const int column = column_of<kColumns, kAligned>(lane, c);
-      pack.values[c] = column < width ? p[column] : T{};
-    }
+    for (int c = 0; c < kColumns; ++c) pack.values[c] = p[column_of<kColumns, kAligned>(lane, c)];
+  }
+  return pack;
+}
+template <bool kAligned, int kColumns, class T>
+__device__ __forceinline__ Pack<T, kColumns> load_ragged_step(const T* p, int width) {
+  Pack<T, kColumns> pack;
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    const int column = column_of<kColumns, kAligned>(lane_of_thread(), c);
+    pack.values[c] = column < width ? p[column] : T{};
   }
   return pack;
 }
