@@ -14,7 +14,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitize simt cuda-check cuda-audit cuda-wheel gpu wheel abi-check docs clean
+.PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitized-build sanitize fuzz simt cuda-check cuda-audit cuda-wheel gpu wheel abi-check docs clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD, Adam, M-FAC and K-FAC: runs/demo'
@@ -30,6 +30,7 @@ help:
 	@echo 'make gpt2      K-FAC beside SGD on a GPT-2 of the transformers library: benchmarks/results/gpt2_kfac.*'
 	@echo 'make lint      ruff, mypy, clang-format'
 	@echo 'make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make fuzz      random calls of all that is public under the sanitizers, for FUZZ_SECONDS=1800'
 	@echo 'make simt      the op tests on the CUDA kernels, run on the CPU in three orders of threads'
 	@echo 'make cuda-check  every CUDA kernel compiled for the default architectures; registers, shared memory, spills'
 	@echo 'make cuda-audit  what bounds the kernels that cuda-check compiled, from their machine code; fails if loads get narrower'
@@ -127,17 +128,24 @@ lint: $(stamp) $(stamp)-lint
 	$(bin)/clang-format --dry-run --Werror $(filter csrc/%,$(sources))
 
 # The interpreter is not an instrumented program: the sanitizer's run time has to be there before it starts (and libstdc++, whose throw it
-# wraps), and what CPython and torch keep until they exit counts as leaked, so leaks are not looked for.
+# wraps), and what CPython and torch keep until they exit counts as leaked, so leaks are not looked for. Memory that there is not is an error
+# of torch's.
 sanitized := LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libstdc++.so) \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(CURDIR)/build/sanitize/lib
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 PYTHONPATH=$(CURDIR)/build/sanitize/lib
 
-sanitize: $(stamp) $(stamp)-test
+sanitized-build: $(stamp) $(stamp)-test
 	rm -rf build/sanitize/lib
 	MFAC_KERNELS_SANITIZE=1 MFAC_KERNELS_CUDA=0 \
 	  $(bin)/python setup.py --quiet build --build-base build/sanitize --build-lib build/sanitize/lib
 	cd build/sanitize/lib && $(sanitized) \
 	  $(bin)/python -c 'import mfac_kernels; assert mfac_kernels.build_info()["sanitized"]'
+
+sanitize: sanitized-build
 	$(sanitized) $(bin)/pytest tests/ops
+
+FUZZ_SECONDS ?= 1800
+fuzz: sanitized-build
+	$(sanitized) $(bin)/python tools/fuzz.py --seconds $(FUZZ_SECONDS)
 
 simt: $(stamp) $(stamp)-test
 	rm -rf build/simt/lib

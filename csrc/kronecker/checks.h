@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -184,9 +185,25 @@ inline std::vector<LinearPair> check_pairs(const char* op, const std::vector<Ten
   return pairs;
 }
 
+// So that an int64_t holds what is made of two numbers of a geometry
+constexpr int64_t kMostOfGeometry = std::numeric_limits<int32_t>::max();
+
 inline void check_list(const char* op, const char* name, const std::vector<int64_t>& list, int64_t count, int64_t least) {
   check(static_cast<int64_t>(list.size()) == count, op, ": ", name, ": expected ", count, " numbers, got ", list.size());
-  for (int64_t value : list) check(value >= least, op, ": ", name, ": expected at least ", least, ", got ", value);
+  for (int64_t value : list) {
+    check(value >= least, op, ": ", name, ": expected at least ", least, ", got ", value);
+    check(value <= kMostOfGeometry, op, ": ", name, ": expected at most ", kMostOfGeometry, ", got ", value);
+  }
+}
+
+// The product of positive numbers; named in the error that more than `most` is
+inline int64_t check_product(const char* op, const char* name, const std::vector<int64_t>& list, int64_t most, const char* what) {
+  int64_t product = 1;
+  for (int64_t value : list) {
+    check(value <= most / product, op, ": ", name, ": expected at most ", most, what);
+    product *= value;
+  }
+  return product;
 }
 
 // The patches of x (N, C, spatial...).
@@ -207,17 +224,21 @@ inline Patches check_conv(const char* op, const Tensor& x, const std::vector<int
   patches.channels = x.size(1);
   patches.sample_step = x.stride(0);
   patches.channel_step = x.stride(1);
+  std::vector<int64_t> outputs;
   check(groups > 0 && patches.channels % groups == 0, op, ": groups: expected a divisor of ", patches.channels, " channels, got ", groups);
   for (int64_t i = 0; i < spatial; ++i) {
     Axis& axis = patches.axes[Patches::kAxes - spatial + i];
     axis = {x.size(2 + i), 1, kernel_size[i], stride[i], padding_before[i], dilation[i], x.stride(2 + i)};
     const int64_t padded = axis.size + padding_before[i] + padding_after[i];
-    int64_t reach = 0;
-    const bool countable = !__builtin_mul_overflow(axis.dilation, axis.kernel - 1, &reach) && !__builtin_add_overflow(reach, 1, &reach);
-    check(countable && padded >= reach, op, ": kernel_size: expected a kernel that fits into the padded input, got one of extent ", reach,
+    const int64_t reach = axis.dilation * (axis.kernel - 1) + 1;
+    check(padded >= reach, op, ": kernel_size: expected a kernel that fits into the padded input, got one of extent ", reach,
           " for ", padded, " in dimension ", 2 + i);
     axis.outputs = (padded - reach) / axis.stride + 1;
+    outputs.push_back(axis.outputs);
   }
+  check_product(op, "kernel_size", kernel_size, kMostOfGeometry, " offsets");
+  if (patches.samples > 0) outputs.push_back(patches.samples);
+  check_product(op, "padding_before", outputs, std::numeric_limits<int64_t>::max(), " patches");
   return patches;
 }
 

@@ -9,6 +9,9 @@
 
 namespace mfac_kernels {
 
+// Pairs of offsets are counted one by one.
+constexpr int64_t kMostOffsets = 4096;
+
 // x (N, C, width) or (N, C, height, width); checks the lists.
 inline LagForm check_form(const char* op, const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& padding_before,
                           const std::vector<int64_t>& padding_after, const std::vector<int64_t>& dilation) {
@@ -18,6 +21,7 @@ inline LagForm check_form(const char* op, const std::vector<int64_t>& kernel_siz
   check_list(op, "padding_before", padding_before, spatial, 0);
   check_list(op, "padding_after", padding_after, spatial, 0);
   check_list(op, "dilation", dilation, spatial, 1);
+  check_product(op, "kernel_size", kernel_size, kMostOffsets, " offsets in the compressed form");
   const auto axis = [&](size_t i) {
     Axis a;
     a.kernel = kernel_size[i], a.padding = padding_before[i], a.dilation = dilation[i];

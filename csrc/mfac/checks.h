@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "common/checks.h"
@@ -70,6 +71,13 @@ inline void check_window_combine(const char* op, const Tensor& window, const Ten
     check_rows(op, "x", *x);
     check_shape(op, "x", *x, {coefficients.size(1), dim});
   }
+}
+
+// Gradients seen so far. On a device nobody looks: the kernels assert it.
+inline int64_t seen_of(const char* op, const Tensor& state) {
+  const int64_t seen = *static_cast<const int64_t*>(state.const_data_ptr());
+  check(seen >= 0 && seen < std::numeric_limits<int64_t>::max(), op, ": state: expected a count of gradients, got ", seen);
+  return seen;
 }
 
 // Returns m.

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from mfac_kernels.fisher._inversion import Inversion
 from mfac_kernels.fisher._layout import KroneckerShape, multiply_inputs, multiply_outputs, multiply_rows
@@ -288,7 +289,10 @@ def eigen(factor: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Eigenvalues, ascending, and eigenvectors of the blocks of a factor of `width` rows. Waits for the device."""
     if factor.shape[-1] == 1:
         return factor[..., 0], torch.ones_like(factor)
-    values, basis = torch.linalg.eigh(_padding_last(factor, width))
+    try:
+        values, basis = torch.linalg.eigh(_padding_last(factor, width))
+    except LinAlgError as error:
+        raise LinAlgError(f"factors: expected finite matrices that have eigenvalues: {error}") from error
     return values, basis
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -40,6 +41,7 @@ def _check_type(name: str, kind: type, value: object) -> None:
         raise TypeError(f"{name}: expected a {kind.__name__.lower()}, got {type(value).__name__}")
 
 
+@torch.no_grad()
 def copy_into(mine: Any, other: Any) -> None:
     """Copy the tensors of ``other`` into those of ``mine``, as :func:`check_like` has compared them."""
     if isinstance(mine, dict):

@@ -106,8 +106,15 @@ class JacobianProduct:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"dtype: expected a floating-point type, got {dtype}")
         self.maps, self.calls, self.rows = list(maps), list(calls), list(rows)
         for call in self.calls:
+            if call.inputs.dim() == 0 or call.gradients.dim() == 0 or not call.gradients.is_floating_point():
+                raise ValueError(
+                    f"calls: layer {call.layer}: expected samples in the first dimension, and gradients of floating "
+                    f"point, got {_brief(call.inputs)} and {_brief(call.gradients)}"
+                )
             if len(call.inputs) != len(call.gradients) or len(call.gradients) % call.repeats:
                 raise ValueError(
                     f"calls: layer {call.layer}: expected as many rows of inputs as of gradients, a multiple of "
@@ -127,12 +134,14 @@ class JacobianProduct:
         known = [call.gradients for call in self.calls] + [part.values for part in self.rows]
         self.device = known[0].device if known else torch.device(device or "cpu")
 
+    @torch.no_grad()
     def layer_jvp(self, x: Sequence[Tensor]) -> Tensor:
         """The products of each layer's columns of J with its block of x -> (N, layers); their sum is J x."""
         self._check("x", x)
         dots = torch.zeros(self.samples, len(self.maps), dtype=self.dtype, device=self.device)
         for call in self.calls:
             outputs = self.maps[call.layer].forward(self.cast(call.inputs), x[call.layer].to(self.dtype))
+            _check_outputs(call, outputs)
             each = sample_dots(self.cast(call.gradients), outputs).view(-1, call.repeats).sum(1)
             dots[call.first : call.first + call.samples, call.layer] += each
         for part in self.rows:
@@ -144,6 +153,7 @@ class JacobianProduct:
         """J x (N,); x has a block for each layer."""
         return self.layer_jvp(x).sum(1)
 
+    @torch.no_grad()
     def vjp(self, w: Tensor) -> list[Tensor]:
         """J^T w, a block for each layer; w (N,)."""
         if tuple(w.shape) != (self.samples,):
@@ -172,6 +182,8 @@ class JacobianProduct:
 
     def fisher_product(self, x: Sequence[Tensor], damping: float = 0.0) -> list[Tensor]:
         """J^T diag(w) J x + damping x."""
+        if not abs(damping) <= torch.finfo(self.dtype).max:
+            raise ValueError(f"damping: expected a number that {self.dtype} holds, got {damping}")
         product = self.vjp(self.jvp(x) * self.weights)
         if damping:
             for block, own in zip(product, x, strict=True):
@@ -188,6 +200,20 @@ class JacobianProduct:
     def cast(self, rows: Tensor) -> Tensor:
         """Rows of a call in the dtype of the products; indices as they are."""
         return rows.to(self.dtype) if rows.is_floating_point() else rows
+
+
+def _brief(x: Tensor) -> str:
+    return f"{x.dtype} of shape {tuple(x.shape)}"
+
+
+def _check_outputs(call: Call, outputs: Tensor) -> None:
+    """That a map's outputs have the shape of the output gradients, or one that broadcasts to it."""
+    g = call.gradients
+    if outputs.dim() != g.dim() or any(n not in (1, m) for n, m in zip(outputs.shape[1:], g.shape[1:], strict=True)):
+        raise ValueError(
+            f"calls: layer {call.layer}: expected gradients of the outputs' shape {tuple(outputs.shape)}, got "
+            f"{tuple(g.shape)}"
+        )
 
 
 def sample_dots(g: Tensor, y: Tensor) -> Tensor:

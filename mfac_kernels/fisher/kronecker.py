@@ -124,7 +124,18 @@ class KroneckerFisher:
 
     def accumulate(self, layer: int, inputs: Tensor, gradients: Tensor, positions: int = 1) -> None:
         """Add rows of one layer, (n * positions, inputs) and (n * positions, outputs): A / n, and B / (n positions)."""
-        shape, rows = self.shapes[layer], len(inputs)
+        shape, rows = self.shapes[layer], len(inputs) if inputs.dim() else 0
+        if shape.groups != 1 or shape.offsets != 1:
+            raise ValueError(
+                f"layer: expected one of 1 group and 1 offset, got {shape.groups} and {shape.offsets}: add_inputs and "
+                "add_outputs are for those"
+            )
+        for name, value, width in (("inputs", inputs, shape.inputs), ("gradients", gradients, shape.outputs)):
+            if value.dim() != 2 or value.shape[1] != width or not 0 < rows == len(value):
+                raise ValueError(
+                    f"{name}: expected shape (n, {width}) with n >= 1, of inputs and gradients, got "
+                    f"{tuple(value.shape)} and {rows} rows of inputs"
+                )
         if self.paired(layer):
             inputs = torch.nn.functional.pad(inputs, (0, 1), value=1.0) if shape.bias else inputs
             self.add_pairs(layer, inputs[None], gradients[None], positions / rows)

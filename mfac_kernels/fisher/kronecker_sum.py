@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from mfac_kernels import ops
 from mfac_kernels.fisher._checks import positive_int
@@ -33,10 +34,13 @@ class KroneckerSum:
 
     Raises:
         ValueError: shapes that do not fit, a damping or floor out of range.
-        torch.linalg.LinAlgError: the first product is not positive definite, or not finite: waits for the device.
+        torch.linalg.LinAlgError: the first product is not positive definite, one is not finite: waits for the device.
     """
 
     def __init__(self, first: Product, second: Product, damping: float = 0.0, *, floor: float | None = None) -> None:
+        for argument, product in (("first", first), ("second", second)):
+            if len(product) != 2:
+                raise ValueError(f"{argument}: expected A and B, got {len(product)} matrices")
         for name, one, two in zip("AB", first, second, strict=True):
             if one.dim() < 2 or one.shape[-1] != one.shape[-2] or one.shape != two.shape:
                 raise ValueError(
@@ -46,10 +50,13 @@ class KroneckerSum:
         if first[0].shape[:-2] != first[1].shape[:-2]:
             batches = tuple(first[0].shape[:-2]), tuple(first[1].shape[:-2])
             raise ValueError(f"first: expected the same leading dimensions of A and B, got {batches[0]}, {batches[1]}")
+        kinds = [x.dtype for product in (first, second) for x in product]
+        if len(set(kinds)) > 1 or kinds[0] not in (torch.float32, torch.float64):
+            raise ValueError(f"second: expected float32 or float64 throughout, got {', '.join(map(str, kinds))}")
         if not damping >= 0:
             raise ValueError(f"damping: expected a number >= 0, got {damping}")
-        if floor is not None and not floor > 0:
-            raise ValueError(f"floor: expected a positive number or None, got {floor}")
+        if floor is not None and not 0 < floor <= torch.finfo(kinds[0]).max:
+            raise ValueError(f"floor: expected a positive number that {kinds[0]} holds, or None, got {floor}")
         (self._inputs, s_a), (self._outputs, s_b) = (
             _joint_basis(one, two, damping**0.5) for one, two in zip(first, second, strict=True)
         )
@@ -68,7 +75,10 @@ class KroneckerSum:
 def _joint_basis(one: Tensor, two: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """K and s with K^T (one + damping I) K = I and K^T two K = diag(s)."""
     root = ops.cholesky_inverse_factor(one, damping)
-    values, vectors = torch.linalg.eigh(root @ two.to(root.dtype) @ root.mT)
+    product = root @ two.to(root.dtype) @ root.mT
+    if not bool(product.isfinite().all()):
+        raise LinAlgError("second: expected a product that is finite relative to the first, got NaN or infinity")
+    values, vectors = torch.linalg.eigh(product)
     return root.mT @ vectors, values
 
 
@@ -107,7 +117,13 @@ def nearest_kronecker_sum(
             f"{tuple(inputs.shape)}"
         )
     positive_int("rank", rank), positive_int("iterations", iterations)
-    each = torch.ones_like(inputs[:, 0]) if weights is None else weights.to(inputs.dtype)
+    if weights is not None and tuple(weights.shape) != (len(inputs),):
+        raise ValueError(f"weights: expected shape ({len(inputs)},), got {tuple(weights.shape)}")
+    if inputs.dtype not in (torch.float32, torch.float64) or gradients.dtype != inputs.dtype:
+        raise ValueError(
+            f"gradients: expected float32 or float64 as inputs have, got {gradients.dtype} and {inputs.dtype}"
+        )
+    each = inputs.new_ones(len(inputs)) if weights is None else weights.to(inputs.dtype)
     each = each / max(1, len(inputs))
     found: list[Product] = []
     for k in range(rank):

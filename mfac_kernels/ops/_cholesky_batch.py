@@ -59,6 +59,10 @@ class Batch:
             if out.shape != shape:
                 wanted, got = shape_text(shape), shape_text(out.shape)
                 raise RuntimeError(f"{op}: out: expected shape {wanted}, got {got}")
+            if any(step == 0 and size > 1 for step, size in zip(out.stride(), out.shape, strict=True)):
+                raise RuntimeError(
+                    f"{op}: out: expected memory of its own for each element, got strides {out.stride()}"
+                )
             if dtype is not None and dtype != out.dtype:
                 wanted, got = type_text(out.dtype), type_text(dtype)
                 raise RuntimeError(f"{op}: dtype: expected {wanted}, as out is, got {got}")
@@ -73,6 +77,11 @@ class Batch:
         if self.out is not None and self.out.dtype == self.compute_dtype:
             return self.out
         return torch.empty(self.blocks.shape, dtype=self.compute_dtype, device=self.blocks.device)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """That a graph may reach."""
+        return [self.blocks, self.damping] if self.out is None else [self.blocks, self.damping, self.out]
 
     def codes(self, info: Tensor) -> Tensor:
         """A code per block, in the batch's shape."""
@@ -94,6 +103,8 @@ def prepare(
     op: str, batches: Sequence[Tensor], damping: Damping | Sequence[Damping], dtype: torch.dtype | None = None
 ) -> list[Batch]:
     """The batches of a list, with one damping for all or one for each."""
+    if isinstance(batches, Tensor):  # one is a sequence too, of its rows
+        raise RuntimeError(f"{op}: batches: expected a list of tensors, got one tensor")
     if isinstance(damping, Sequence):
         count = len(batches)
         if len(damping) != count:

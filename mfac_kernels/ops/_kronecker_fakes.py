@@ -12,6 +12,8 @@ import mfac_kernels._library  # noqa: F401  (the ops must exist)
 from mfac_kernels.ops._checks import check, check_dtype, check_state, shape_text, type_text
 from mfac_kernels.ops._geometry import Geometry
 
+_MOST = 2**31 - 1  # of a number of a geometry, and of the offsets of a kernel
+
 
 def accumulator(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -87,6 +89,7 @@ def check_geometry(op: str, geometry: Geometry, dims: int) -> None:
         check(len(values) == dims, f"{op}: {name}: expected {dims} numbers, got {len(values)}")
         for value in values:
             check(value >= least, f"{op}: {name}: expected at least {least}, got {value}")
+            check(value <= _MOST, f"{op}: {name}: expected at most {_MOST}, got {value}")
 
 
 def check_conv(op: str, x: Tensor, geometry: Geometry, groups: int) -> None:
@@ -98,6 +101,7 @@ def check_conv(op: str, x: Tensor, geometry: Geometry, groups: int) -> None:
         groups > 0 and channels % groups == 0,
         f"{op}: groups: expected a divisor of {channels} channels, got {groups}",
     )
+    patches = x.shape[0] or 1
     for dimension, axis in enumerate(geometry.axes, 2):
         padded = x.shape[dimension] + axis.before + axis.after
         check(
@@ -105,6 +109,9 @@ def check_conv(op: str, x: Tensor, geometry: Geometry, groups: int) -> None:
             f"{op}: kernel_size: expected a kernel that fits into the padded input, got one of extent "
             f"{axis.reach + 1} for {padded} in dimension {dimension}",
         )
+        patches *= (padded - axis.reach - 1) // axis.stride + 1
+    check(geometry.offsets <= _MOST, f"{op}: kernel_size: expected at most {_MOST} offsets")
+    check(patches < 2**63, f"{op}: padding_before: expected at most {2**63 - 1} patches")
 
 
 @torch.library.register_fake("mfac_kernels::linear_factor_")

@@ -12,6 +12,18 @@ from mfac_kernels.ops import _kronecker_fakes as kronecker
 from mfac_kernels.ops._checks import check, check_dtype, check_state, shape_text, type_text
 from mfac_kernels.ops._geometry import Axis, Geometry
 
+_MOST_OFFSETS = 4096
+"""Of a kernel: pairs of offsets are counted one by one."""
+
+
+def check_form(op: str, geometry: Geometry) -> None:
+    """What the ops of the compressed form ask of a geometry."""
+    kronecker.check_geometry(op, geometry, len(geometry.kernel_size))
+    check(
+        geometry.offsets <= _MOST_OFFSETS,
+        f"{op}: kernel_size: expected at most {_MOST_OFFSETS} offsets in the compressed form",
+    )
+
 
 def _regions(axis: Axis, lag: int) -> int:
     """How many distinct margins the pairs of offsets (o, o + lag) have."""
@@ -53,7 +65,7 @@ def _form(
     spatial = len(kernel_size)
     check(1 <= spatial <= 2, f"{op}: kernel_size: expected 1 or 2 numbers, got {spatial}")
     geometry = Geometry(kernel_size, [1] * spatial, padding_before, padding_after, dilation)
-    kronecker.check_geometry(op, geometry, spatial)
+    check_form(op, geometry)
     return geometry
 
 

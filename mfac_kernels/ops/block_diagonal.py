@@ -41,9 +41,10 @@ def block_diagonal_matmul(blocks: Tensor | Sequence[Tensor], x: Tensor) -> Tenso
     """``block_diag(*blocks) @ x``, D the sum of g s: batches (g, s, s), one or a list, x (..., D, k) -> (..., D, k)."""
     op = "block_diagonal_matmul"
     batches = [blocks] if isinstance(blocks, Tensor) else blocks
-    for i, b in enumerate(batches):
-        if b.dim() != 3 or b.shape[-1] != b.shape[-2]:
-            raise RuntimeError(f"{op}: blocks[{i}]: expected shape (g, s, s), got {shape_text(b.shape)}")
+    _check_blocks(op, batches)
+    if any(b.dtype != x.dtype for b in batches):
+        kinds = ", ".join(str(b.dtype) for b in batches)
+        raise RuntimeError(f"{op}: x: expected the dtype of the blocks, {kinds}, got {x.dtype}")
     rows = [len(b) * b.shape[-1] for b in batches]
     if x.dim() < 2 or x.shape[-2] != sum(rows):
         raise RuntimeError(f"{op}: x: expected {sum(rows)} rows, as the blocks have, got shape {shape_text(x.shape)}")
@@ -54,5 +55,16 @@ def block_diagonal_matmul(blocks: Tensor | Sequence[Tensor], x: Tensor) -> Tenso
 
 def matmul_block_diagonal(x: Tensor, blocks: Tensor | Sequence[Tensor]) -> Tensor:
     """``x @ block_diag(*blocks)``: x (..., k, D) -> (..., k, D). As :func:`block_diagonal_matmul`, all transposed."""
-    transposed = blocks.mT if isinstance(blocks, Tensor) else [b.mT for b in blocks]
-    return block_diagonal_matmul(transposed, x.mT).mT
+    batches = [blocks] if isinstance(blocks, Tensor) else blocks
+    _check_blocks("matmul_block_diagonal", batches)
+    if x.dim() < 2:
+        raise RuntimeError(f"matmul_block_diagonal: x: expected shape (.., k, D), got {shape_text(x.shape)}")
+    return block_diagonal_matmul([b.mT for b in batches], x.mT).mT
+
+
+def _check_blocks(op: str, batches: Sequence[Tensor]) -> None:
+    if not batches:
+        raise RuntimeError(f"{op}: blocks: expected at least one batch, got none")
+    for i, b in enumerate(batches):
+        if b.dim() != 3 or b.shape[-1] != b.shape[-2]:
+            raise RuntimeError(f"{op}: blocks[{i}]: expected shape (g, s, s), got {shape_text(b.shape)}")

@@ -118,7 +118,7 @@ def cholesky_factor_ex(
     """
     op = "cholesky_factor_ex"
     batch = Batch(op, "blocks", blocks, damping, out, dtype)
-    refuse_gradients(op, batch.blocks, batch.damping)
+    refuse_gradients(op, *batch.tensors)
     factor = batch.buffer()
     info: Tensor = _ops.cholesky_factor_([factor.mT if upper else factor], [batch.blocks], [batch.damping])
     return batch.finish(factor), batch.codes(info)
@@ -158,7 +158,7 @@ def cholesky_solve(factor: Tensor, b: Tensor) -> Tensor:
 def _inverses(op: str, batches: Sequence[Batch]) -> tuple[list[Tensor], Tensor]:
     """The inverses, and info of all blocks, batch after batch."""
     blocks, dampings = [batch.blocks for batch in batches], [batch.damping for batch in batches]
-    if torch.is_grad_enabled() and any(t.requires_grad for tensors in (blocks, dampings) for t in tensors):
+    if torch.is_grad_enabled() and any(t.requires_grad for batch in batches for t in batch.tensors):
         check(all(batch.out is None for batch in batches), f"{op}: out: expected none where a gradient is required")
         dtypes = [batch.compute_dtype for batch in batches]
         info, *results = _Inverse.apply(dtypes, *blocks, *dampings)  # type: ignore[no-untyped-call]

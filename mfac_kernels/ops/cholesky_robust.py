@@ -120,7 +120,7 @@ def _robust(
     """Results, attempts and dampings of every batch."""
     if not prepared:
         return [], [], []
-    refuse_gradients(op, *(tensor for batch in prepared for tensor in (batch.blocks, batch.damping)))
+    refuse_gradients(op, *(tensor for batch in prepared for tensor in batch.tensors))
     blocks, shifts = [batch.blocks for batch in prepared], [batch.damping for batch in prepared]
     results = [batch.buffer() for batch in prepared]
     info = run(results, blocks, shifts, None)
@@ -156,7 +156,7 @@ def _repeat(
     diagonals = [b.diagonal(dim1=-2, dim2=-1).abs().mean(-1, dtype=torch.float64).reshape(-1) for b in blocks]
     smallest = torch.cat([e * d for e, d in zip(eps, diagonals, strict=True)]).maximum(growth * damping)
     largest = (bound * torch.cat(diagonals)).maximum(damping)
-    steps = 1 + max(0, math.ceil(math.log(bound / min(eps)) / math.log(growth)))
+    steps = 1 + max(0, math.ceil((math.log(bound) - math.log(min(eps))) / math.log(growth)))
 
     attempts, used, trial, failed = torch.zeros_like(info), damping, damping, info
     for attempt in range(1, steps + 2):

@@ -150,7 +150,7 @@ def _factors(
     op: str, batches: Sequence[Batch], upper: bool, relative: bool, dead: Sequence[Dead]
 ) -> tuple[list[Tensor], Tensor]:
     """The factors, and info of all blocks, batch after batch."""
-    refuse_gradients(op, *(tensor for batch in batches for tensor in (batch.blocks, batch.damping)))
+    refuse_gradients(op, *(tensor for batch in batches for tensor in batch.tensors))
     results = [batch.buffer() for batch in batches]
     for batch, mask, result in zip(batches, dead, results, strict=True):
         revive(op, batch, mask, result)

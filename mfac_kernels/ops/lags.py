@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mfac_kernels.ops import _conv_cost, _lags_form
+from mfac_kernels.ops import _conv_cost, _kronecker_fakes, _lags_form
 from mfac_kernels.ops._checks import check
 from mfac_kernels.ops._geometry import Sizes, geometry_of
 from mfac_kernels.ops.kronecker import _flag
@@ -34,6 +34,7 @@ def conv2d_lags_size(
 ) -> tuple[int, int]:  # fmt: skip
     """The shape (groups, size) of the state of a convolution with so many input channels."""
     geometry = geometry_of("conv2d_lags_size", 2, kernel_size, 1, padding, dilation)
+    _lags_form.check_form("conv2d_lags_size", geometry)
     check(
         groups > 0 and channels % groups == 0,
         f"conv2d_lags_size: groups: expected a divisor of {channels} channels, got {groups}",
@@ -66,6 +67,9 @@ def conv2d_lags_(
     flag = _flag(state, check_finite)
     fft = algorithm == "fft"
     if algorithm == "auto" and _conv_cost.runs_on(x):
+        # In the words of the op, before another sees them
+        _lags_form.check_form("conv_lags_", geometry)
+        _kronecker_fakes.check_conv("conv_lags_", x, geometry, groups)
         cost = _conv_cost.of(x, geometry, groups, expanded=False)
         fft = cost["fft"] < cost["lags"]
     _ops.conv_lags_(state, x, *geometry.form, groups, bias, fft, beta, alpha, flag)

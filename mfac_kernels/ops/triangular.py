@@ -50,7 +50,7 @@ def _inverses(
     op: str, blocks: Tensor, upper: bool, out: Tensor | None, dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor]:
     batch = Batch(op, "blocks", blocks, 0.0, out, dtype)
-    refuse_gradients(op, batch.blocks)
+    refuse_gradients(op, *batch.tensors)
     inverse = batch.buffer()
     info: Tensor = _ops.triangular_inverse_([inverse], [batch.blocks], upper)
     return batch.finish(inverse), batch.codes(info)

@@ -90,14 +90,21 @@ def linear_layers(net: nn.Sequential) -> list[nn.Linear]:
     return [module for module in net if isinstance(module, nn.Linear)]
 
 
+def _some(terms: Sequence[Term]) -> None:
+    if not terms:
+        raise ValueError("terms: expected at least one condition and its points, got none")
+
+
 def loss_of(net: nn.Sequential, terms: Sequence[Term]) -> Tensor:
     """The sum over terms of half the mean squared residual; differentiable."""
+    _some(terms)
     losses = [condition(net, x).square().mean() / 2 for condition, x in terms]
     return torch.stack(losses).sum()
 
 
 def linearise(net: nn.Sequential, terms: Sequence[Term]) -> Linearisation:
     """Residuals at the network's parameters and their Jacobian, by one forward and one backward pass for each term."""
+    _some(terms)
     layers = linear_layers(net)
     maps = [LinearMap(m.out_features, m.in_features + (m.bias is not None)) for m in layers]
     residuals: list[Tensor] = []

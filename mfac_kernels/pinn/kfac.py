@@ -101,7 +101,8 @@ class KFAC:
 
         Where this or its gradient is not finite, nothing changes.
         """
-        terms = list(zip(self.conditions, (equation_points, boundary_points), strict=True))
+        points = (equation_points.detach(), boundary_points.detach())
+        terms = list(zip(self.conditions, points, strict=True))
         at = linearise(self.net, terms)
         gradient = at.gradient()
         if not torch.stack([at.loss, *(block.sum() for block in gradient)]).isfinite().all():

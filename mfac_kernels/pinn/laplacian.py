@@ -100,7 +100,7 @@ def forward_laplacian(
         if derivatives:
             squares = rows[:, 1:-1].square()
             if weights is not None:
-                squares = squares * weights[:, None]
+                squares = squares * weights.to(squares.dtype)[:, None]
             curved = slope * rows[:, -1:] + bend * squares.sum(1, keepdim=True)
             value = torch.cat([value, slope * rows[:, 1:-1], curved], 1)
         rows = value

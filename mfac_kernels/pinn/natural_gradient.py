@@ -24,6 +24,11 @@ def spring(jacobian: Tensor, residuals: Tensor, damping: float, mu: float = 0.0,
 
     A matrix that cannot be factorised makes the result NaN; nothing waits for the device.
     """
+    if jacobian.dim() != 2 or tuple(residuals.shape) != tuple(jacobian.shape[:1]):
+        raise ValueError(
+            f"residuals: expected shape (m,) with jacobian (m, d), got {tuple(residuals.shape)} and "
+            f"{tuple(jacobian.shape)}"
+        )
     b = residuals.double().unsqueeze(1)
     before = None if phi is None else phi.unsqueeze(0)
     if before is not None:

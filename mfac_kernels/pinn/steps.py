@@ -17,7 +17,11 @@ SMALLEST_RATE = 2.0**-30
 @torch.no_grad()
 def move(net: nn.Sequential, step: Sequence[Tensor], rate: float | Tensor = 1.0) -> None:
     """Add rate times ``step``, a block (outputs, inputs + bias) for each linear layer, to the parameters."""
-    for module, block in zip(linear_layers(net), step, strict=True):
+    layers = linear_layers(net)
+    shapes = [(m.out_features, m.in_features + (m.bias is not None)) for m in layers]
+    if [tuple(b.shape) for b in step] != shapes or not all(b.is_floating_point() for b in step):
+        raise ValueError(f"step: expected blocks of shapes {shapes}, got {[(tuple(b.shape), b.dtype) for b in step]}")
+    for module, block in zip(layers, step, strict=True):
         module.weight.add_(rate * block[:, : module.in_features])
         if module.bias is not None:
             module.bias.add_(rate * block[:, -1])

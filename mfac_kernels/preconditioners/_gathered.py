@@ -191,7 +191,7 @@ class GatheringPreconditioner(Preconditioner):
             raise ValueError(f"kl_clip: expected a positive number or None, got {kl_clip}")
         if not lr >= 0:
             raise ValueError(f"lr: expected a number >= 0, got {lr}")
-        return kl_clip / lr**2 if lr > 0 else None
+        return kl_clip / lr / lr if lr > 0 else None  # lr**2 may be 0
 
     def _decay(self) -> float:
         decay = self._at_step("factor_decay")

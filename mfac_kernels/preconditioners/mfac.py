@@ -167,6 +167,7 @@ class MFAC(Preconditioner):
             "momentum_buffers": [w.buffer for w in self._windows],
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_entries("state_dict", ("steps", "windows", "momentum_buffers"), state_dict)
         windows, buffers = state_dict["windows"], state_dict["momentum_buffers"]

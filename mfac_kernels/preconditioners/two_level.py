@@ -171,13 +171,14 @@ class TwoLevelKFAC(KFAC):
         own = {"rows": rows, "gain": self._gain, "fallbacks": self._fallbacks}
         return {**super().state_dict(), "coarse": own}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_entries("state_dict", ("coarse",), state_dict)
         own = state_dict["coarse"]
         check_entries("state_dict['coarse']", ("rows", "gain", "fallbacks"), own)
         super().load_state_dict({key: value for key, value in state_dict.items() if key != "coarse"})
         rows = own["rows"]
-        kept = None if rows is None else [[b.to(self._gain.device) for b in kind] for kind in rows]
+        kept = None if rows is None else [[b.detach().to(self._gain.device) for b in kind] for kind in rows]
         self._basis = None if kept is None else Basis(kept, self.coarse_space.by_layer)
         self._gain = own["gain"].to(self._gain).clone()
         self._fallbacks = own["fallbacks"].to(self._fallbacks).clone()

@@ -14,8 +14,6 @@
 namespace mfac_kernels {
 namespace {
 
-int64_t seen_of(const Tensor& state) { return *static_cast<const int64_t*>(state.const_data_ptr()); }
-
 // Appends every gradient in the order of age: O(m^3), the same stable step as an insert.
 void refactor(const double* gram, double* factor, const Ring& ring) {
   const int64_t m = ring.slots.m;
@@ -32,6 +30,7 @@ Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& stat
   const int64_t m = check_core(op, factor, state, shift);
   check_state(op, "gram", gram, ScalarType::Double, {m, m});
   check_state(op, "dots", dots, ScalarType::Double, {m});
+  const int64_t seen = seen_of(op, state);
   Tensor coefficients = torch::stable::new_zeros(dots, {m});
   const auto* s = static_cast<const double*>(dots.const_data_ptr());
   auto* counters = static_cast<int64_t*>(state.mutable_data_ptr());
@@ -41,10 +40,11 @@ Tensor core_insert_(const Tensor& gram, const Tensor& factor, const Tensor& stat
   }
   auto* S = static_cast<double*>(gram.mutable_data_ptr());
   auto* L = static_cast<double*>(factor.mutable_data_ptr());
-  const bool full = counters[0] >= m;
-  const int64_t slot = counters[0] % m;
+  const bool full = seen >= m;
+  const int64_t slot = seen % m;
+  ++counters[0];
   std::copy_n(s, m, S + slot * m);
-  const Ring ring = ring_of(m, ++counters[0], shift, per_gradient);
+  const Ring ring = ring_of(m, seen + 1, shift, per_gradient);
   if (per_gradient && !full && ring.filled > 1) {
     refactor(S, L, ring);  // the shift grows with every gradient until the window is full
   } else {
@@ -59,7 +59,7 @@ Tensor core_solve(const Tensor& factor, const Tensor& state, const Tensor& b, do
   constexpr const char* op = "core_solve";
   const int64_t m = check_core(op, factor, state, shift);
   check_core_solve(op, b, m);
-  const Ring ring = ring_of(m, seen_of(state), shift, per_gradient);
+  const Ring ring = ring_of(m, seen_of(op, state), shift, per_gradient);
   Tensor x = torch::stable::clone(b);
   for (int64_t i = 0; i < b.size(0); ++i)
     core_kernels().solve(static_cast<const double*>(factor.const_data_ptr()), m, ring.slots.oldest, ring.filled, ring.shift,
@@ -72,7 +72,7 @@ void core_refactor_(const Tensor& gram, const Tensor& factor, const Tensor& stat
   const int64_t m = check_core(op, factor, state, shift);
   check_state(op, "gram", gram, ScalarType::Double, {m, m});
   refactor(static_cast<const double*>(gram.const_data_ptr()), static_cast<double*>(factor.mutable_data_ptr()),
-           ring_of(m, seen_of(state), shift, per_gradient));
+           ring_of(m, seen_of(op, state), shift, per_gradient));
 }
 
 }  // namespace

@@ -155,7 +155,7 @@ Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& g
     std::fill_n(out, w.rows, std::numeric_limits<double>::quiet_NaN());
     return dots;
   }
-  const int64_t seen = *static_cast<const int64_t*>(state.const_data_ptr());
+  const int64_t seen = seen_of(op, state);
   const int64_t slot = seen % w.rows, filled = std::min(seen + 1, w.rows);
   const Columns columns(w.dim, w.dim);
   std::vector<double> partial(columns.segments * w.rows, 0.0);

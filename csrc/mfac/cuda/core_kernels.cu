@@ -15,6 +15,7 @@
 // SM.
 #include "common/cuda/launch.h"
 #include "mfac/cuda/core_kernels.h"
+#include "mfac/cuda/seen.cuh"
 #include "mfac/ring.h"
 
 namespace mfac_kernels {
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 1) insert_kernel(double* gram, doubl
     coefficients[p] = 0;
   }
   refused = __syncthreads_or(refused);
-  const int64_t seen = state[0];
+  const int64_t seen = seen_of(state);
   __syncthreads();  // until every thread has read the state
   if (threadIdx.x == 0) ++state[refused ? 1 : 0];
   if (refused) return;
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1) insert_kernel(double* gram, doubl
 __global__ void __launch_bounds__(kThreads)
     solve_kernel(double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, double* all) {
   MFAC_CORE_SCRATCH(scratch);
-  const Ring ring = ring_of(m, state[0], shift, per_gradient);
+  const Ring ring = ring_of(m, seen_of(state), shift, per_gradient);
   double* x = all + blockIdx.x * m;
   sweep<false>(factor, ring.slots, ring.filled, nullptr, x, -1, scratch);
   back_substitute(factor, ring.slots, ring.filled, x, scratch);
@@ -233,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads, 1)
     refactor_kernel(const double* gram, double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, double* work) {
   MFAC_CORE_SCRATCH(scratch);
-  refactor(gram, factor, ring_of(m, state[0], shift, per_gradient), work, scratch);
+  refactor(gram, factor, ring_of(m, seen_of(state), shift, per_gradient), work, scratch);
 }
 
 }  // namespace

@@ -16,6 +16,7 @@
 #include <algorithm>
 
 #include "common/sizes.h"
+#include "mfac/cuda/seen.cuh"
 #include "mfac/cuda/window_kernels.h"
 #include "mfac/cuda/window_steps.cuh"
 
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) dots_kernel(const DotsArgum
   int64_t rows = a.window.rows, slot = a.window.rows;
   if constexpr (kInsert) {
     if (!isfinite(sum_in_order(a.squares, a.segments, scratch))) return;  // refused: nothing is written
-    const int64_t seen = a.state[0];
+    const int64_t seen = seen_of(a.state);
     slot = seen % a.window.rows;
     rows = min(seen, a.window.rows - 1);
   }
@@ -174,7 +175,7 @@ __global__ void __launch_bounds__(kThreads)
     finish_insert_kernel(const double* squares, const double* partial, int64_t segments, const int64_t* state, int64_t rows, double* dots) {
   MFAC_SHARED(double, scratch, kWarpSize);
   const double square = sum_in_order(squares, segments, scratch);
-  const int64_t i = int64_t(blockIdx.x) * kWarps + warp_of_thread(), seen = state[0];
+  const int64_t i = int64_t(blockIdx.x) * kWarps + warp_of_thread(), seen = seen_of(state);
   if (i >= rows) return;
   double sum = 0;
   if (i < seen && i != seen % rows)

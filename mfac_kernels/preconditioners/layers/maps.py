@@ -39,10 +39,14 @@ class LinearMap:
         return self.outputs, self.inputs + self.bias
 
     def forward(self, a: Tensor, block: Tensor) -> Tensor:
+        self._check(a)
         block = _distinct_rows(block)
         return F.linear(a, block[:, : self.inputs], block[:, -1] if self.bias else None)
 
     def weight_gradient(self, a: Tensor, g: Tensor) -> Tensor:
+        self._check(a)
+        if (*a.shape[:-1], self.outputs) != tuple(g.shape):
+            raise ValueError(f"g: expected shape {(*a.shape[:-1], self.outputs)}, got {tuple(g.shape)}")
         a, g = a.reshape(-1, self.inputs), g.reshape(-1, self.outputs)
         block = a.new_empty(self.shape)
         torch.mm(g.mT, a, out=block[:, : self.inputs])
@@ -53,6 +57,10 @@ class LinearMap:
     def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
         a, g = positions_of(a), positions_of(g)
         return (g.mT @ (F.pad(a, (0, 1), value=1.0) if self.bias else a)).flatten(1)
+
+    def _check(self, a: Tensor) -> None:
+        if a.dim() < 2 or a.shape[-1] != self.inputs or not a.is_floating_point():
+            raise ValueError(f"a: expected shape (n, .., {self.inputs}), got {a.dtype} of shape {tuple(a.shape)}")
 
 
 @dataclass(frozen=True)
