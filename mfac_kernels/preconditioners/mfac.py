@@ -68,7 +68,7 @@ class MFAC(Preconditioner):
         self.momentum_mode = _mode("momentum_mode", momentum_mode)
         self.weight_decay_mode = _mode("weight_decay_mode", weight_decay_mode)
         self._range("momentum", 1.0)
-        self._range("weight_decay", float("inf"))
+        self._range("weight_decay", torch.finfo(torch.float32).max)
         groups = _groups(params)
         if not per_group:
             groups = [[p for group in groups for p in group]]
@@ -98,7 +98,7 @@ class MFAC(Preconditioner):
             ValueError: a hyper-parameter's function returned a value out of range. Nothing changes in either case.
         """
         momentum = self._range("momentum", 1.0)
-        decay = self._range("weight_decay", float("inf"))
+        decay = self._range("weight_decay", torch.finfo(torch.float32).max)
         damping = self._at_step("damping")
         if any(p.requires_grad for p in self._frozen):
             raise RuntimeError(

@@ -72,6 +72,7 @@ def test_a_parameter_unfrozen_later_is_refused():
         ("momentum", None, TypeError),
         ("weight_decay", -1e-9, ValueError),
         ("weight_decay", float("inf"), ValueError),
+        ("weight_decay", 1e300, ValueError),
         ("weight_decay", "0.1", TypeError),
         ("damping", 0.0, ValueError),
         ("damping", float("nan"), ValueError),
