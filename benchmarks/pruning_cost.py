@@ -154,7 +154,7 @@ def refused(contender: str, d: int, m: int, block: int | None, dtype: str, limit
     elif size <= m:
         extra += (4 if contender.startswith("ours") else 12) * d * size + (4 * m * d if contender[0] == "p" else 0)
     else:
-        extra += 24 * m * m * -(-d // size)
+        extra += 24 * m * m * -(-d // size) + (12 * m * size if contender[0] == "p" else 0)
     if held + extra > limits.memory * 2**30:
         return f"needs {(held + extra) / 1e9:.0f} GB"
     if contender == "recursion" and (seconds := m * m * d * 4 / BANDWIDTH) > limits.seconds:
@@ -191,6 +191,10 @@ def main() -> None:
             row[contender] = min(runs, key=lambda r: r["seconds"])
             print(d, m, block, contender, row[contender], flush=True)
         rows.append(row)
+        write(rows, arguments)  # after every row: what is there is there
+
+
+def write(rows: list[dict[str, object]], arguments: argparse.Namespace) -> None:
     conditions = {
         "date": date.today().isoformat(),
         "commit": commit(),

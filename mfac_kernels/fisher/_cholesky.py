@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mfac_kernels.ops.static import inverse_diagonal
+from mfac_kernels.ops.triangular import triangular_inverse_ex
 
 
 def cholesky(gram: Tensor, shift: float) -> Tensor:
@@ -51,9 +52,7 @@ def append_row(lower: Tensor, dots: Tensor, shift: float) -> Tensor:
 
 def inverse_lower(lower: Tensor) -> Tensor:
     """L^-1 for each block."""
-    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False)
-    return inverse.contiguous()
+    return triangular_inverse_ex(lower)[0]
 
 
 def diagonal_of(grads: Tensor, transform: Tensor, damping: float, n: int) -> Tensor:
