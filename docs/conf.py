@@ -45,8 +45,17 @@ html_css_files = ["pages.css"]
 
 
 def link_files(content):
-    """Markdown files outside these pages, as results of benchmarks, are files to download."""
+    """Records of benchmarks are pages, in the folder that results leads to; other files outside are to download."""
+    content[0] = re.sub(r"\[([^]]*)\]\(\.\./benchmarks/(results/[^)#]*)\.md\)", r"{doc}`\1 </\2>`", content[0])
     content[0] = re.sub(r"\]\((\.\./[^)#]*\.md)\)", r"](path:\1)", content[0])
+
+
+def read_source(app, name, content):
+    """Records are in no table of contents, and those that begin with their settings have no title."""
+    link_files(content)
+    if name.startswith("results/"):
+        title = "" if content[0].startswith("# ") else f"# {name.removeprefix('results/').removesuffix('/results')}\n\n"
+        content[0] = f"---\norphan: true\n---\n\n{title}{content[0]}"
 
 
 def from_the_root(content):
@@ -78,5 +87,5 @@ def setup(app):
     app.add_html_math_renderer("mathml", (inline_math, None), (displayed_math, None))
     # Before napoleon, which makes fields of "Args:" and its like.
     app.connect("autodoc-process-docstring", docstrings.process, priority=400)
-    app.connect("source-read", lambda app, name, content: link_files(content))
+    app.connect("source-read", read_source)
     app.connect("include-read", lambda app, path, parent, content: from_the_root(content))

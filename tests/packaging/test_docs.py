@@ -56,6 +56,10 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, target
 
 
+def test_records_are_among_the_pages() -> None:
+    assert (DOCS / "results").resolve() == ROOT / "benchmarks" / "results"
+
+
 def test_the_citation_names_this_version() -> None:
     assert f"\nversion: {mk.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
