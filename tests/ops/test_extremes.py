@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kronecker_cases import SIMT
 
 from mfac_kernels import ops
 
@@ -21,7 +22,8 @@ def test_a_count_below_zero(name, device):
         "core_refactor_": lambda: ops.core_refactor_(eye, eye, state, 1.0, False),
         "window_insert_": lambda: ops.window_insert_(eye, state, row),
     }
-    with pytest.raises(RuntimeError, match=rf"{name}: state: expected a count of gradients, got -1"):
+    message = "state: expected a count of gradients"  # a device assertion knows neither the op nor the count
+    with pytest.raises(RuntimeError, match=message if SIMT else f"{name}: {message}, got -1"):
         calls[name]()
     assert state.tolist() == [-1, 0] and torch.equal(eye, torch.eye(3, dtype=F64))
 
