@@ -231,8 +231,8 @@ inline Patches check_conv(const char* op, const Tensor& x, const std::vector<int
     axis = {x.size(2 + i), 1, kernel_size[i], stride[i], padding_before[i], dilation[i], x.stride(2 + i)};
     const int64_t padded = axis.size + padding_before[i] + padding_after[i];
     const int64_t reach = axis.dilation * (axis.kernel - 1) + 1;
-    check(padded >= reach, op, ": kernel_size: expected a kernel that fits into the padded input, got one of extent ", reach,
-          " for ", padded, " in dimension ", 2 + i);
+    check(padded >= reach, op, ": kernel_size: expected a kernel that fits into the padded input, got one of extent ", reach, " for ",
+          padded, " in dimension ", 2 + i);
     axis.outputs = (padded - reach) / axis.stride + 1;
     outputs.push_back(axis.outputs);
   }

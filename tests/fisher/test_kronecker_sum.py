@@ -115,7 +115,7 @@ def test_errors():
         mk.KroneckerSum(one, two)
     with pytest.raises(ValueError, match="damping: expected a number >= 0, got -1"):
         mk.KroneckerSum(one, one, -1)
-    with pytest.raises(ValueError, match="floor: expected a positive number or None, got 0"):
+    with pytest.raises(ValueError, match=r"floor: expected a positive number that torch.float64 holds, or None, got 0"):
         mk.KroneckerSum(one, one, floor=0)
     with pytest.raises(ValueError, match=r"x: expected shape \(2, 3\), got \(3, 2\)"):
         mk.KroneckerSum(one, one).ihvp(seeded(3, 2))
