@@ -24,7 +24,7 @@ help:
 	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
 	@echo 'make paper-twolevel  K-FAC and its coarse corrections on four problems: benchmarks/results/twolevel.*'
 	@echo 'make paper-relatives  K-FAC beside its relatives, Adam and SGD on two problems: benchmarks/results/relatives.*'
-	@echo 'make paper-pruning  ResNet-20 on CIFAR-10 pruned to 50-95%: benchmarks/results/pruning.*; CHECKPOINT=file: that network'
+	@echo 'make paper-pruning  ResNet-20 on CIFAR-10 pruned to 50-95%: benchmarks/results/pruning_trained; CHECKPOINT=file: that network, results/pruning.*'
 	@echo 'make paper-gptq  a small transformer, quantised and pruned on layer Hessians: benchmarks/results/quantised_transformer.*'
 	@echo 'make paper-pinn  K-FAC, ENGD and others on four equations, 30 minutes: benchmarks/results/pinn.*'
 	@echo 'make gpt2      K-FAC beside SGD on a GPT-2 of the transformers library: benchmarks/results/gpt2_kfac.*'
@@ -108,7 +108,7 @@ paper-relatives: $(stamp) $(stamp)-demo
 	OMP_NUM_THREADS=1 $(bin)/python benchmarks/paper_relatives.py
 
 paper-pruning: $(stamp) $(stamp)-demo
-	$(bin)/python benchmarks/paper_pruning.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+	$(bin)/python benchmarks/paper_pruning.py $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT),--out benchmarks/results/pruning_trained)
 
 paper-gptq: $(stamp)
 	$(bin)/python benchmarks/quantised_transformer.py --train-seconds $(TRAIN_SECONDS)
