@@ -16,9 +16,8 @@ _MOST_OFFSETS = 4096
 """Of a kernel: pairs of offsets are counted one by one."""
 
 
-def check_form(op: str, geometry: Geometry) -> None:
-    """What the ops of the compressed form ask of a geometry."""
-    kronecker.check_geometry(op, geometry, len(geometry.kernel_size))
+def check_offsets(op: str, geometry: Geometry) -> None:
+    """What the ops of the compressed form ask beyond what all convolutions do."""
     check(
         geometry.offsets <= _MOST_OFFSETS,
         f"{op}: kernel_size: expected at most {_MOST_OFFSETS} offsets in the compressed form",
@@ -65,7 +64,8 @@ def _form(
     spatial = len(kernel_size)
     check(1 <= spatial <= 2, f"{op}: kernel_size: expected 1 or 2 numbers, got {spatial}")
     geometry = Geometry(kernel_size, [1] * spatial, padding_before, padding_after, dilation)
-    check_form(op, geometry)
+    kronecker.check_geometry(op, geometry, spatial)
+    check_offsets(op, geometry)
     return geometry
 
 

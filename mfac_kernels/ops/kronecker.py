@@ -189,7 +189,7 @@ def _way(
     # In the words of the one op that the user knows, before another sees them.
     _kronecker_fakes.check_conv("conv_factor_", x, geometry, groups)
     _kronecker_fakes.check_factor("conv_factor_", factor, x, groups, x.shape[1] // groups * geometry.offsets, bias)
-    _lags_form.check_form("conv_factor_", geometry)
+    _lags_form.check_offsets("conv_factor_", geometry)
     if algorithm != "auto":
         return algorithm
     cost = _conv_cost.of(x, geometry, groups, expanded=True)

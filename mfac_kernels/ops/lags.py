@@ -34,7 +34,8 @@ def conv2d_lags_size(
 ) -> tuple[int, int]:  # fmt: skip
     """The shape (groups, size) of the state of a convolution with so many input channels."""
     geometry = geometry_of("conv2d_lags_size", 2, kernel_size, 1, padding, dilation)
-    _lags_form.check_form("conv2d_lags_size", geometry)
+    _kronecker_fakes.check_geometry("conv2d_lags_size", geometry, 2)
+    _lags_form.check_offsets("conv2d_lags_size", geometry)
     check(
         groups > 0 and channels % groups == 0,
         f"conv2d_lags_size: groups: expected a divisor of {channels} channels, got {groups}",
@@ -68,8 +69,8 @@ def conv2d_lags_(
     fft = algorithm == "fft"
     if algorithm == "auto" and _conv_cost.runs_on(x):
         # In the words of the op, before another sees them
-        _lags_form.check_form("conv_lags_", geometry)
         _kronecker_fakes.check_conv("conv_lags_", x, geometry, groups)
+        _lags_form.check_offsets("conv_lags_", geometry)
         cost = _conv_cost.of(x, geometry, groups, expanded=False)
         fft = cost["fft"] < cost["lags"]
     _ops.conv_lags_(state, x, *geometry.form, groups, bias, fft, beta, alpha, flag)
