@@ -15,7 +15,7 @@ from mfac_kernels.fisher._convolution import factor_op, input_factor_
 from mfac_kernels.fisher.kronecker import KroneckerShape, Lags, Pairs
 from mfac_kernels.ops import _conv_cost
 from mfac_kernels.preconditioners.layers.base import Add, Layer, Options, valid_mean
-from mfac_kernels.preconditioners.layers.maps import ConvolutionMap
+from mfac_kernels.preconditioners.layers.maps import ConvolutionMap, windows
 from mfac_kernels.preconditioners.layers.rows import add_rows
 
 
@@ -165,11 +165,7 @@ class ConvLayer(Layer):
         """(groups, samples, positions, channels of a group, offsets), the bias not among them."""
         module = self.module
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=_pad_mode(module))
-        for d, (size, stride, dilation) in enumerate(
-            zip(module.kernel_size, module.stride, module.dilation, strict=True)
-        ):
-            x = x.unfold(2 + d, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        # (N, channels, *positions, *offsets)
+        x = windows(x, module.kernel_size, module.stride, module.dilation)
         positions = math.prod(x.shape[2 : 2 + len(module.kernel_size)])
         x = x.reshape(len(x), module.groups, self.shape.inputs, positions, self.shape.offsets)
         return x.permute(1, 0, 3, 2, 4)

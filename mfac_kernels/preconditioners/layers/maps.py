@@ -122,19 +122,16 @@ class ConvolutionMap:
         wide = F.pad(wide, [p for pad in reversed(self.padding) for p in (pad, pad)])
         positions = math.prod(narrow.shape[2:])
         step = max(1, _PATCHES.get(a.device.type, 1 << 18) // max(1, self.groups * columns * positions))
+        dims = len(self.kernel_size)
+        patches = windows(wide, self.kernel_size, self.stride, self.dilation)
+        reached = (slice(None), slice(None), *map(slice, narrow.shape[2:]))  # output padding has windows of its own
+        patches = patches[reached].permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
         for begin in range(0, n, step):
             part = slice(begin, begin + step)
-            patches = self._windows(wide[part], narrow.shape[2:]).reshape(-1, self.groups, columns, positions)
+            columns_first = patches[part].reshape(-1, self.groups, columns, positions)
             rows = narrow[part].reshape(-1, self.groups, self.outputs // self.groups, positions)
-            matrix[part, :, :columns] = (rows @ patches.mT).flatten(1, 2)
+            matrix[part, :, :columns] = (rows @ columns_first.mT).flatten(1, 2)
         return matrix.flatten(1)
-
-    def _windows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """x (n, channels, ...), padded, as its windows (n, channels, *kernel_size, *counts): a view."""
-        n, channels, *strides = x.stride()
-        inside = [s * dilation for s, dilation in zip(strides, self.dilation, strict=True)]
-        between = [s * stride for s, stride in zip(strides, self.stride, strict=True)]
-        return x.as_strided((*x.shape[:2], *self.kernel_size, *counts), (n, channels, *inside, *between))
 
     @property
     def _geometry(self) -> tuple[Sequence[int], Sequence[int], Sequence[int], bool, Sequence[int], int]:
@@ -232,6 +229,13 @@ class ShiftMap:
 
     def sample_gradients(self, a: Tensor, g: Tensor) -> Tensor:
         return g.flatten(2).sum(2)
+
+
+def windows(x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """x (n, channels, ...), padded, as a convolution's windows (n, channels, *positions, *kernel_size): a view."""
+    for d, (size, step, apart) in enumerate(zip(kernel_size, stride, dilation, strict=True)):
+        x = x.unfold(2 + d, apart * (size - 1) + 1, step)[..., ::apart]
+    return x
 
 
 def positions_of(x: Tensor) -> Tensor:
