@@ -14,7 +14,7 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitized-build sanitize fuzz simt cuda-check cuda-audit cuda-wheel gpu wheel abi-check docs clean
+.PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitized-build sanitize fuzz simt cuda-check cuda-audit cuda-wheel gpu wheel abi-check wheels docs clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD, Adam, M-FAC and K-FAC: runs/demo'
@@ -37,7 +37,8 @@ help:
 	@echo 'make cuda-wheel  a wheel for CUDA in dist/cuda, built, imported and fake-run; needs no GPU'
 	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; DRY=1: on the CPU'
 	@echo 'make wheel     a manylinux wheel in dist/'
-	@echo 'make abi-check  that wheel on torch 2.10, 2.11 and 2.13, each in an environment of its own: gigabytes'
+	@echo 'make abi-check  that wheel on torch 2.10, 2.11 and 2.13, each in an environment of its own: gigabytes; TORCHES="2.12.1": on these'
+	@echo 'make wheels    such a wheel for each of PYTHONS="python3.10 python3.14", each run on TORCH, in dist/'
 	@echo 'make docs      the documentation site: build/docs/index.html'
 	@echo 'make install   the build alone'
 	@echo 'make clean     remove what was built (not the environment)'
@@ -193,7 +194,18 @@ wheel: $(stamp) $(stamp)-dist
 	$(bin)/twine check --strict dist/*.whl
 
 abi-check: wheel
-	$(bin)/python tools/abi_check.py dist/*.whl
+	$(bin)/python tools/abi_check.py dist/*.whl $(if $(TORCHES),--torch $(TORCHES))
+
+# One environment after the other, as each has a torch. After a failure the last one is there to look at.
+PYTHONS ?= python3.10 python3.11 python3.12 python3.13 python3.14
+wheels:
+	rm -rf build/wheels
+	for python in $(PYTHONS); do \
+	  rm -rf build/wheels/env; \
+	  $(MAKE) abi-check PYTHON=$$python VENV=$(CURDIR)/build/wheels/env TORCHES=$(TORCH) || exit; \
+	  mv dist/*.whl build/wheels || exit; done
+	rm -rf build/wheels/env
+	mv build/wheels/*.whl dist
 
 docs: $(stamp) $(stamp)-docs
 	$(bin)/sphinx-build -q -W --keep-going docs build/docs
