@@ -2,14 +2,21 @@
 
 Each result is verified before it is timed. Floors: D (D + 1) flops for each row of an accumulation, 2/3 n^3 for the
 factor of an inverse, n^3 / 3 for the inverse of a triangle. MB: the most that a call holds at a time beside its
-arguments, its result included: resident memory of a process of its own (this file, with a contender and a size), or on
-a GPU what torch's allocator counts.
+arguments, its result included: resident memory of a process of its own, or on a GPU what torch's allocator counts.
+
+    python benchmarks/bench_layer_hessians.py --contender "in place" --size 28672
+
+is one call in a process of its own, its error and what it took.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -30,10 +37,11 @@ def normal(*shape: int, device: str, seed: int = 0) -> Tensor:
     return torch.randn(*shape, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
-def hessian(n: int, device: str) -> Tensor:
-    """Of 2 n tokens, damped as GPTQ has it."""
-    x = normal(2 * n, n, device=device)
-    h = x.mT @ x / n
+def hessian(n: int, device: str, tokens: int | None = None) -> Tensor:
+    """Of 2 n tokens, or as many as are given, damped as GPTQ has it."""
+    x = normal(tokens or 2 * n, n, device=device)
+    h = torch.zeros(n, n, device=device)
+    ops.linear_factor_(h, x, alpha=1 / n)
     h.diagonal().add_(0.01 * h.diagonal().mean())
     return h
 
@@ -46,24 +54,43 @@ def one_call(h: Tensor) -> Tensor:
     return ops.cholesky_inverse_factor_ex(h)[0]
 
 
-FACTORS = {"ours": one_call, "three calls": three_calls}
+def in_place(h: Tensor) -> Tensor:
+    return ops.cholesky_inverse_factor_ex(h, out=h)[0]
 
 
-def peak_of(name: str, n: int, device: str = "cpu") -> float:
-    """The MB that a contender takes, when what is loaded or allocated once is there."""
-    FACTORS[name](hessian(64, device))
-    h = hessian(n, device)
+FACTORS = {"ours": one_call, "in place": in_place, "three calls": three_calls}
+
+
+def measure(name: str, h: Tensor) -> dict[str, float]:
+    """A call of a contender when what is loaded or allocated once is there: MB, seconds, |U^T U H v - v| / |v|.
+
+    The products in float64, a few rows at a time; h may be overwritten.
+    """
+    n, device = len(h), h.device.type
+    FACTORS[name](hessian(256, device))
+    probe = normal(n, 4, device=device, seed=1).double()
+    wanted = torch.cat([rows.double() @ probe for rows in h.split(256)])
     taken = watch(device)
-    FACTORS[name](h)
-    return taken() / 1e6
+    start = time.perf_counter()
+    u = FACTORS[name](h)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    seconds, megabytes = time.perf_counter() - start, taken() / 1e6
+    got = torch.zeros_like(probe)
+    for first in range(0, n, 256):
+        rows = u[first : first + 256].double()
+        got += rows.mT @ (rows @ wanted)
+    return {"MB": megabytes, "seconds": seconds, "error": float((got - probe).norm() / probe.norm())}
 
 
 def peaks(n: int, device: str) -> dict[str, float]:
     """On the CPU in a process each: what the allocator has kept of freed memory would not show."""
     if device == "cuda":
-        return {name: peak_of(name, n, device) for name in FACTORS}
-    commands = {name: [sys.executable, __file__, name, str(n)] for name in FACTORS}
-    return {name: float(subprocess.run(c, capture_output=True, check=True).stdout) for name, c in commands.items()}
+        return {name: measure(name, hessian(n, device))["MB"] for name in FACTORS}
+    commands = {name: [sys.executable, __file__, "--contender", name, "--size", str(n)] for name in FACTORS}
+    unkept = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    runs = {name: subprocess.run(c, env=unkept, capture_output=True, check=True).stdout for name, c in commands.items()}
+    return {name: json.loads(out)["MB"] for name, out in runs.items()}
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -75,7 +102,7 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
 def test_factor_of_the_inverse(race, device, n):
     h, probe = hessian(n, device), normal(n, 4, device=device, seed=1)
     for contender in FACTORS.values():
-        u = contender(h)
+        u = contender(h.clone())
         assert_close(u.mT @ (u @ (h @ probe)), probe, 1e-3)
     race(
         "factor of an inverse",
@@ -177,4 +204,9 @@ def test_model(race, device, rows):
 
 
 if __name__ == "__main__":
-    print(peak_of(sys.argv[1], int(sys.argv[2])))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--contender", choices=FACTORS, required=True)
+    parser.add_argument("--size", type=int, required=True)
+    options = parser.parse_args()
+    h = hessian(options.size, "cpu", TOKENS)
+    print(json.dumps({"contender": options.contender, "n": options.size} | measure(options.contender, h)))

@@ -124,7 +124,7 @@ Tensor run_blocks(const char* op, const std::vector<DampedBatch>& batches, const
         std::fill(jobs + count, jobs + kMaxLanes, jobs[0]);
         kernel.run_lanes(jobs, of.n, scratch(kernels.lanes_work(of.n)));
       } else {
-        for (int64_t i = 0; i < count; ++i) kernel.run(jobs[i], of.n, scratch(kernel.work(of.n)), team);
+        for (int64_t i = 0; i < count; ++i) kernel.run(jobs[i], of.n, scratch(kernel.work(jobs[i], of.n)), team);
       }
     }
   };

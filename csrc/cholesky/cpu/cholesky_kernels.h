@@ -26,10 +26,10 @@ using Team = void (*)(int64_t count, void (*body)(int64_t i, const void* context
 // The interleaved kernels serve n up to kInterleaved.
 constexpr int64_t kInterleaved = 128, kMaxLanes = 16;
 
-// What becomes of a block, or of `lanes` blocks at once; where there are fewer, jobs may be repeated. work: `work(n)` bytes, or
+// What becomes of a block, or of `lanes` blocks at once; where there are fewer, jobs may be repeated. work: `work(job, n)` bytes, or
 // `lanes_work(n)` for the lanes, aligned to 64.
 struct BlockKernel {
-  int64_t (*work)(int64_t n);
+  int64_t (*work)(const Job&, int64_t n);
   void (*run)(const Job&, int64_t n, void* work, Team);
   void (*run_lanes)(const Job*, int64_t n, void* work);
 };

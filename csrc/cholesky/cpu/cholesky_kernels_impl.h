@@ -8,6 +8,8 @@
 
 #include "cholesky/cpu/interleaved_impl.h"
 #include "cholesky/cpu/single_impl.h"
+
+#include "cholesky/cpu/inverse_factor_impl.h"
 #include "cholesky/cpu/triangular_impl.h"
 
 template <class S>
@@ -16,7 +18,7 @@ constexpr CholeskyKernels cholesky_kernels_of() {
           lanes_work<S>,
           {inverse_work<S>, inverse<S>, inverse_of_lanes<S>},
           {factor_work<S>, factor<S>, factor_of_lanes<S>},
-          {inverse_work<S>, inverse_factor<S>, inverse_factor_of_lanes<S>},
+          {inverse_factor_work<S>, inverse_factor<S>, inverse_factor_of_lanes<S>},
           {triangular_inverse_work<S>, triangular_inverse<S>, triangular_inverse_of_lanes<S>},
           solve_work<S>,
           solve<S>};

@@ -46,41 +46,55 @@ void for_each(Team team, int64_t count, const Body& body) {
     for (int64_t i = 0; i < count; ++i) body(i);
 }
 
-// The tiles of block + damping I (spd_tiles_impl.h), from its lower triangle, row after row. Returns whether all is finite.
+// Tile row i of a symmetric matrix (n, n), from its lower triangle
 template <class S>
-bool load_spd_tiles(const Job& job, int64_t n, S* tiles, Team team) {
+void load_tile_row(const Matrix& x, int64_t n, int64_t i, const Tiles<S>& tiles) {
   constexpr int64_t T = kTile<S>;
-  const Matrix& block = job.block;
-  for_each(team, tiles_of<S>(n), [&](int64_t i) {
-    if (by_columns(block)) {
-      for (int64_t j = 0; j <= i; ++j) load_tile(block, n, n, i * T, j * T, tile_at(tiles, i, j));
-    } else {
-      const int64_t height = n - i * T < T ? n - i * T : T;
-      with_type<S>(block, [&](const auto* data) {
-        for (int64_t r = 0; r < height; ++r)
-          for (int64_t j = 0; j <= i; ++j)
-            load_row(data + (i * T + r) * block.row_stride + j * T * block.column_stride, block.column_stride, j < i ? T : height, T,
-                     tile_at(tiles, i, j) + r * T);
-      });
-      for (int64_t j = 0; j <= i; ++j) __builtin_memset(tile_at(tiles, i, j) + height * T, 0, (T - height) * T * sizeof(S));
-    }
-    alignas(64) S mirrored[kTileArea<S>];
-    transpose_tile(tile_at(tiles, i, i), mirrored);
-    mirror_upper(mirrored, tile_at(tiles, i, i));
-  });
+  if (by_columns(x)) {
+    for (int64_t j = 0; j <= i; ++j) load_tile(x, n, n, i * T, j * T, tile_at(tiles, i, j));
+  } else {
+    const int64_t height = n - i * T < T ? n - i * T : T;
+    with_type<S>(x, [&](const auto* data) {
+      for (int64_t r = 0; r < height; ++r)
+        for (int64_t j = 0; j <= i; ++j)
+          load_row(data + (i * T + r) * x.row_stride + j * T * x.column_stride, x.column_stride, j < i ? T : height, T,
+                   tile_at(tiles, i, j) + r * T);
+    });
+    for (int64_t j = 0; j <= i; ++j) __builtin_memset(tile_at(tiles, i, j) + height * T, 0, (T - height) * T * sizeof(S));
+  }
+  alignas(64) S mirrored[kTileArea<S>];
+  transpose_tile(tile_at(tiles, i, i), mirrored);
+  mirror_upper(mirrored, tile_at(tiles, i, i));
+}
+
+// The tiles of block + damping I (spd_tiles_impl.h), from its lower triangle. Returns whether all is finite.
+template <class S>
+bool load_spd_tiles(const Job& job, int64_t n, const Tiles<S>& tiles, Team team) {
+  for_each(team, tiles_of<S>(n), [&](int64_t i) { load_tile_row(job.block, n, i, tiles); });
   return spd_prepare(tiles, n, static_cast<S>(job.damping));
+}
+
+// Tile rows [begin, end) of out (n, n): tile(i, j) for j <= i, zeros elsewhere.
+template <class S, class TileOf>
+void store_lower(const TileOf& tile, int64_t begin, int64_t end, int64_t n, const Matrix& out, Team team) {
+  for_each(team, end - begin, [&](int64_t row) {
+    alignas(64) const S zeros[kTileArea<S>] = {};
+    const int64_t i = begin + row;
+    for (int64_t j = 0; j < tiles_of<S>(n); ++j) store_tile(j <= i ? tile(i, j) : zeros, out, n, n, i * kTile<S>, j * kTile<S>);
+  });
 }
 
 // ---- the inverse ----------------------------------------------------------------------------------------------------------------
 
 template <class S>
-int64_t inverse_work(int64_t n) {
+int64_t inverse_work(const Job&, int64_t n) {
   return (spd_tiles_size<S>(n) + spd_work_size<S>(n)) * static_cast<int64_t>(sizeof(S));
 }
 
 template <class S>
 void inverse(const Job& job, int64_t n, void* work, Team team) {
-  S *tiles = static_cast<S*>(work), *rest = tiles + spd_tiles_size<S>(n);
+  const Tiles<S> tiles{static_cast<S*>(work)};
+  S* rest = tiles.first + spd_tiles_size<S>(n);
   const Matrix& out = job.out;
   const auto each = [&](int64_t count, const auto& body) { for_each(team, count, body); };
   const int64_t info = load_spd_tiles(job, n, tiles, team) ? spd_eliminate(tiles, n, rest, each) : -1;
@@ -105,27 +119,6 @@ void inverse(const Job& job, int64_t n, void* work, Team team) {
   });
 }
 
-// ---- the inverse of the factor ------------------------------------------------------------------------------------------------------
-
-// Rows of tiles of out (n, n): tile(i, j) for j <= i, zeros elsewhere.
-template <class S, class TileOf>
-void store_lower(const TileOf& tile, int64_t n, const Matrix& out, Team team) {
-  for_each(team, tiles_of<S>(n), [&](int64_t i) {
-    alignas(64) const S zeros[kTileArea<S>] = {};
-    for (int64_t j = 0; j < tiles_of<S>(n); ++j) store_tile(j <= i ? tile(i, j) : zeros, out, n, n, i * kTile<S>, j * kTile<S>);
-  });
-}
-
-template <class S>
-void inverse_factor(const Job& job, int64_t n, void* work, Team team) {
-  S *tiles = static_cast<S*>(work), *rest = tiles + spd_tiles_size<S>(n);
-  const auto each = [&](int64_t count, const auto& body) { for_each(team, count, body); };
-  const int64_t info = load_spd_tiles(job, n, tiles, team) ? spd_invert_factor(tiles, n, rest, each) : -1;
-  *job.info = static_cast<int32_t>(info);
-  if (info != 0) return fill_nan<S>(job.out, n);
-  store_lower<S>([&](int64_t i, int64_t j) -> const S* { return tile_at(tiles, i, j); }, n, job.out, team);
-}
-
 // ---- the factor -----------------------------------------------------------------------------------------------------------------
 
 // Column panel j of U = L^T: rows [0, (j + 1) T) of columns [j T, (j + 1) T), contiguous.
@@ -135,14 +128,15 @@ MFAC_INLINE S* column_panel(S* panels, int64_t j) {
 }
 
 template <class S>
-int64_t factor_work(int64_t n) {
+int64_t factor_work(const Job&, int64_t n) {
   return (2 * spd_tiles_size<S>(n) + 3 * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
 }
 
 template <class S>
 void factor(const Job& job, int64_t n, void* work, Team team) {
   constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
-  S *tiles = static_cast<S*>(work), *panels = tiles + spd_tiles_size<S>(n), *row = panels + spd_tiles_size<S>(n);
+  const Tiles<S> tiles{static_cast<S*>(work)};
+  S *panels = tiles.first + spd_tiles_size<S>(n), *row = panels + spd_tiles_size<S>(n);
   S *inverse = row + kArea, *upper = inverse + kArea;
   const Matrix& out = job.out;
   const auto failed = [&](int64_t info) {

@@ -30,11 +30,12 @@ constexpr int64_t spd_work_size(int64_t n) {
 template <class S>
 struct Elimination {
   static constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
-  S *tiles, *panels;
+  Tiles<S> tiles;
+  S* panels;
   SpdStep<S>& step;
   int64_t count, k, steps;
 
-  Elimination(S* all_tiles, int64_t n, S* work)
+  Elimination(const Tiles<S>& all_tiles, int64_t n, S* work)
       : tiles(all_tiles),
         panels(work),
         step(*reinterpret_cast<SpdStep<S>*>(work + tiles_of<S>(n) * kMaxSteps * kArea)),
@@ -109,7 +110,7 @@ struct Elimination {
 // Tiles <- those of -A^-1. Returns 0, or the order of the leading minor that is not positive. each(count, body) calls body(0) ...
 // body(count - 1) in any order, or at once.
 template <class S, class Each>
-int64_t spd_eliminate(S* tiles, int64_t n, S* work, const Each& each) {
+int64_t spd_eliminate(const Tiles<S>& tiles, int64_t n, S* work, const Each& each) {
   Elimination<S> m(tiles, n, work);
   for (; m.k < m.count; m.begin(m.k + m.steps)) {
     if (const int64_t bad = m.factor_diagonal()) return bad;
@@ -119,7 +120,7 @@ int64_t spd_eliminate(S* tiles, int64_t n, S* work, const Each& each) {
   return 0;
 }
 template <class S>
-int64_t spd_eliminate(S* tiles, int64_t n, S* work) {
+int64_t spd_eliminate(const Tiles<S>& tiles, int64_t n, S* work) {
   return spd_eliminate(tiles, n, work, [](int64_t count, const auto& body) {
     for (int64_t i = 0; i < count; ++i) body(i);
   });
@@ -128,7 +129,7 @@ int64_t spd_eliminate(S* tiles, int64_t n, S* work) {
 // Tiles <- those of L^-1, A = L L^T: the elimination of A from [A I] alone, 2/3 n^3 flops. What is left of the diagonal in row k of P is
 // row k of L^-1, and only rows below it change. Tiles on the diagonal are zero above theirs. Returns as above.
 template <class S, class Each>
-int64_t spd_invert_factor(S* tiles, int64_t n, S* work, const Each& each) {
+int64_t spd_invert_factor(const Tiles<S>& tiles, int64_t n, S* work, const Each& each) {
   Elimination<S> m(tiles, n, work);
   for (; m.k < m.count; m.begin(m.k + m.steps)) {
     if (const int64_t bad = m.factor_diagonal()) return bad;
@@ -143,26 +144,25 @@ int64_t spd_invert_factor(S* tiles, int64_t n, S* work, const Each& each) {
 
 // Rows [i T, (i + 1) T) of out (n, n) = -tiles, both triangles, written in long runs.
 template <class S>
-void spd_store_negated_band(const S* tiles, int64_t n, int64_t i, S* out, int64_t stride) {
+void spd_store_negated_band(const Tiles<S>& tiles, int64_t n, int64_t i, S* out, int64_t stride) {
   constexpr int64_t T = kTile<S>, kRun = 4;
   alignas(64) S above[kRun * kTileArea<S>];  // tiles of the upper triangle
-  const auto tile = [&](int64_t r, int64_t c) { return tile_at(const_cast<S*>(tiles), r, c); };
   const int64_t height = n - i * T < T ? n - i * T : T;
   for (int64_t first = 0; first < tiles_of<S>(n); first += kRun) {
     const int64_t end = first + kRun < tiles_of<S>(n) ? first + kRun : tiles_of<S>(n);
     for (int64_t j = first < i ? i : first; j < end; ++j) {
-      transpose_tile(tile(j, i), above + (j - first) * kTileArea<S>);
-      if (i == j) mirror_upper(tile(i, i), above + (j - first) * kTileArea<S>);
+      transpose_tile(tile_at(tiles, j, i), above + (j - first) * kTileArea<S>);
+      if (i == j) mirror_upper(tile_at(tiles, i, i), above + (j - first) * kTileArea<S>);
     }
     for (int64_t r = 0; r < height; ++r)
       for (int64_t j = first; j < end; ++j) {
-        const S* from = (j < i ? tile(i, j) : above + (j - first) * kTileArea<S>)+r * T;
+        const S* from = (j < i ? tile_at(tiles, i, j) : above + (j - first) * kTileArea<S>)+r * T;
         for (int64_t v = 0; v < T; v += kLanesOf<S>)
           store_upto(out + (i * T + r) * stride + j * T + v, -load<Vec<S>>(from + v), n - j * T - v);
       }
   }
 }
 template <class S>
-void spd_store_negated(const S* tiles, int64_t n, S* out, int64_t stride) {
+void spd_store_negated(const Tiles<S>& tiles, int64_t n, S* out, int64_t stride) {
   for (int64_t i = 0; i < tiles_of<S>(n); ++i) spd_store_negated_band(tiles, n, i, out, stride);
 }

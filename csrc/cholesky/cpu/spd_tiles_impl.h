@@ -6,9 +6,15 @@ template <class S>
 constexpr int64_t tiles_of(int64_t n) {
   return (n + kTile<S> - 1) / kTile<S>;
 }
+// Where they lie: row after row, upwards in memory from `first` or, with step -kTileArea and slope 3, downwards; upwards within a row.
 template <class S>
-MFAC_INLINE S* tile_at(S* tiles, int64_t i, int64_t j) {
-  return tiles + (i * (i + 1) / 2 + j) * kTileArea<S>;
+struct Tiles {
+  S* first;
+  int64_t step = kTileArea<S>, slope = 1;
+};
+template <class S>
+MFAC_INLINE S* tile_at(const Tiles<S>& tiles, int64_t i, int64_t j) {
+  return tiles.first + i * (i + tiles.slope) / 2 * tiles.step + j * kTileArea<S>;
 }
 // Elements of all tiles
 template <class S>
@@ -65,7 +71,7 @@ __attribute__((noinline)) int64_t factor_tile(const S* tile, S* inverse) {
 
 // Adds the damping, makes the padding an identity. Returns whether all entries are finite.
 template <class S>
-bool spd_prepare(S* tiles, int64_t n, S damping) {
+bool spd_prepare(const Tiles<S>& tiles, int64_t n, S damping) {
   const int64_t count = tiles_of<S>(n);
   for (int64_t i = 0; i < count * kTile<S>; ++i) {
     S& diagonal = tile_at(tiles, i / kTile<S>, i / kTile<S>)[i % kTile<S> * (kTile<S> + 1)];

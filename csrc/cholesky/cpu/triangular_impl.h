@@ -8,7 +8,7 @@
 constexpr int64_t kTriangularSteps = 4;  // tile rows
 
 template <class S>
-int64_t triangular_inverse_work(int64_t n) {
+int64_t triangular_inverse_work(const Job&, int64_t n) {
   return (spd_tiles_size<S>(n) + kTriangularSteps * (tiles_of<S>(n) + 1) * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
 }
 
@@ -72,5 +72,5 @@ void triangular_inverse(const Job& job, int64_t n, void* work, Team team) {
     });
   }
   *job.info = 0;
-  store_lower<S>([&](int64_t i, int64_t j) -> const S* { return column(j) + (i - j) * kArea; }, n, job.out, team);
+  store_lower<S>([&](int64_t i, int64_t j) -> const S* { return column(j) + (i - j) * kArea; }, 0, count, n, job.out, team);
 }

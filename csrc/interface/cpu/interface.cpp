@@ -46,7 +46,7 @@ void invert(DType dtype, int64_t count, int64_t n, const char* blocks, double da
   for_each_task(divide_up(count, lanes), [&](int64_t task) {
     const int64_t first = task * lanes;
     info[first] = 0;
-    if (lanes == 1) return kernels.inverse.run(job(first), n, scratch(kernels.inverse.work(n)), nullptr);
+    if (lanes == 1) return kernels.inverse.run(job(first), n, scratch(kernels.inverse.work(job(first), n)), nullptr);
     Job jobs[kMaxLanes];
     for (int64_t i = 0; i < kMaxLanes; ++i) {
       const int64_t at = first + i < std::min(count, first + lanes) ? first + i : first;

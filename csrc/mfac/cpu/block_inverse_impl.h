@@ -21,8 +21,9 @@ int32_t block_inverse(const void* block, int64_t stride, int64_t m, int64_t n, i
                       int64_t out_stride, void* work) {
   using S = Compute<T>;
   const T* g = static_cast<const T*>(block);
-  S *x = static_cast<S*>(out), *tiles = static_cast<S*>(work), *panels = tiles + spd_tiles_size<S>(n);
-  if (m == 0) __builtin_memset(tiles, 0, spd_tiles_size<S>(n) * sizeof(S));
+  const Tiles<S> tiles{static_cast<S*>(work)};
+  S *x = static_cast<S*>(out), *panels = tiles.first + spd_tiles_size<S>(n);
+  if (m == 0) __builtin_memset(tiles.first, 0, spd_tiles_size<S>(n) * sizeof(S));
   for (int64_t first = 0; first < m; first += kInverseDepth) {
     const int64_t depth = m - first < kInverseDepth ? m - first : kInverseDepth;
     pack_columns(g + first * stride, depth, stride, n, ahead, panels);
