@@ -9,8 +9,8 @@ its share of the time is recorded and the next one runs; the exit status tells w
 RESULTS/gpu.json and gpu.md: device, versions, commit, the phases, the benchmarks. RESULTS/benchmarks: their records.
 RESULTS/logs.txt: what the phases printed.
 
---quick is done in 3 minutes: one sample of each op, CUDA graphs, benchmarks of 3 rounds, memcheck. --dry-run runs the same
-phases on the CPU, on a part of each, to find mistakes before there is a GPU.
+--quick is done in 3 minutes: samples and errors of the ops, CUDA graphs, benchmarks of 3 rounds, memcheck. --dry-run
+runs the same phases on the CPU, on a part of each, to find mistakes before there is a GPU.
 """
 
 from __future__ import annotations
