@@ -35,7 +35,7 @@ help:
 	@echo 'make cuda-check  every CUDA kernel compiled for the default architectures; registers, shared memory, spills'
 	@echo 'make cuda-audit  what bounds the kernels that cuda-check compiled, from their machine code; fails if loads get narrower'
 	@echo 'make cuda-wheel  a wheel for CUDA in dist/cuda, built, imported and fake-run; needs no GPU'
-	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; QUICK=1: a part, in 3 minutes; DRY=1: on the CPU'
+	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; DRY=1: on the CPU'
 	@echo 'make wheel     a manylinux wheel in dist/'
 	@echo 'make abi-check  that wheel on torch 2.10, 2.11 and 2.13, each in an environment of its own: gigabytes; TORCHES="2.12.1": on these'
 	@echo 'make wheels    such a wheel for each of PYTHONS="python3.10 python3.14", each run on TORCH, in dist/'
@@ -76,6 +76,12 @@ $(stamp): $(torch_stamp) $(sources)
 # The package is there already, so its name brings in what the extra asks for and nothing else.
 $(stamp)-%: pyproject.toml | $(stamp)
 	$(pip) install 'mfac_kernels[$*]'
+	touch $@
+
+# A wheel is built apart from the checkout, so that its tools need no package there and its binaries stay as they are.
+$(stamp)-dist: pyproject.toml | $(torch_stamp)
+	$(pip) install 'pip>=25.1'
+	$(pip) install --group dist
 	touch $@
 
 # Other libraries, to compare with.
@@ -182,11 +188,11 @@ cuda-wheel: $(stamp)
 # No network, so no environment of its own.
 RESULTS ?= runs/gpu
 gpu:
-	$(PYTHON) tools/gpu.py $(RESULTS) $(if $(QUICK),--quick) $(if $(DRY),--dry-run)
+	$(PYTHON) tools/gpu.py $(RESULTS) $(if $(DRY),--dry-run)
 
 # build/lib* would carry files into the wheel that the tree no longer has.
 # For every distribution of its libc or a later one; the libraries of torch and of CUDA are those of the torch it meets.
-wheel: $(stamp) $(stamp)-dist
+wheel: $(torch_stamp) $(stamp)-dist
 	rm -rf dist build/lib* build/wheel
 	$(pip) wheel --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH=$(bin):$$PATH $(bin)/auditwheel repair --wheel-dir dist --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libgomp*' \

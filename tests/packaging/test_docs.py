@@ -64,6 +64,15 @@ def test_the_citation_names_this_version() -> None:
     assert f"\nversion: {mk.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
+def test_one_list_of_pythons() -> None:
+    project, make = ((ROOT / name).read_text(encoding="utf-8") for name in ("pyproject.toml", "Makefile"))
+    wheels = re.search(r"^PYTHONS \?= (.*)$", make, flags=re.M)
+    assert wheels is not None
+    named = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert wheels.group(1).split() == [f"python{version}" for version in named]
+    assert f'requires-python = ">={named[0]}"' in project
+
+
 @pytest.mark.parametrize(
     "given, expected",
     [
