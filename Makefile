@@ -35,7 +35,7 @@ help:
 	@echo 'make cuda-check  every CUDA kernel compiled for the default architectures; registers, shared memory, spills'
 	@echo 'make cuda-audit  what bounds the kernels that cuda-check compiled, from their machine code; fails if loads get narrower'
 	@echo 'make cuda-wheel  a wheel for CUDA in dist/cuda, built, imported and fake-run; needs no GPU'
-	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; DRY=1: on the CPU'
+	@echo 'make gpu       tests, sanitizers and benchmarks on a GPU, in RESULTS=runs/gpu, with $$(PYTHON) and what it has; QUICK=1: a part, in 3 minutes; DRY=1: on the CPU'
 	@echo 'make wheel     a manylinux wheel in dist/'
 	@echo 'make abi-check  that wheel on torch 2.10, 2.11 and 2.13, each in an environment of its own: gigabytes; TORCHES="2.12.1": on these'
 	@echo 'make wheels    such a wheel for each of PYTHONS="python3.10 python3.14", each run on TORCH, in dist/'
@@ -188,7 +188,7 @@ cuda-wheel: $(stamp)
 # No network, so no environment of its own.
 RESULTS ?= runs/gpu
 gpu:
-	$(PYTHON) tools/gpu.py $(RESULTS) $(if $(DRY),--dry-run)
+	$(PYTHON) tools/gpu.py $(RESULTS) $(if $(QUICK),--quick) $(if $(DRY),--dry-run)
 
 # build/lib* would carry files into the wheel that the tree no longer has.
 # For every distribution of its libc or a later one; the libraries of torch and of CUDA are those of the torch it meets.

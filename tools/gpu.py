@@ -1,6 +1,6 @@
 """Everything that needs a GPU, in one command and a few minutes: build, tests, CUDA graphs, benchmarks, sanitizers.
 
-    python3 tools/gpu.py RESULTS [--minutes 8] [--dry-run]
+    python3 tools/gpu.py RESULTS [--minutes 8] [--quick] [--dry-run]
 
 For a machine with a GPU and no network: its python3 brings torch >= 2.10 with CUDA, ninja and pytest, its toolkit nvcc
 (found in CUDA_HOME, else as torch finds it). Builds in place, for the GPU that is there. A phase that fails or overruns
@@ -9,7 +9,8 @@ its share of the time is recorded and the next one runs; the exit status tells w
 RESULTS/gpu.json and gpu.md: device, versions, commit, the phases, the benchmarks. RESULTS/benchmarks: their records.
 RESULTS/logs.txt: what the phases printed.
 
---dry-run runs the same phases on the CPU, on a part of each, to find mistakes before there is a GPU.
+--quick is done in 3 minutes: samples and errors of the ops, CUDA graphs, benchmarks of 3 rounds, memcheck. --dry-run
+runs the same phases on the CPU, on a part of each, to find mistakes before there is a GPU.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def sanitizer() -> str:
     return next((place for place in places if place and Path(place).is_file()), "compute-sanitizer")
 
 
-def phases(results: Path, dry: bool) -> list[Phase]:
+def phases(results: Path, dry: bool, quick: bool) -> list[Phase]:
     device = "cpu" if dry else "cuda"
     python = sys.executable
     pytest = [python, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider"]
@@ -65,26 +66,23 @@ def phases(results: Path, dry: bool) -> list[Phase]:
     build = {"MFAC_KERNELS_CUDA": "0" if dry else "1", "MAX_JOBS": str(os.cpu_count())}
     if not dry:
         build["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())
-    part = ["-k", "samples or opcheck or errors"] if dry else []
-    few = ["--rounds", "1", "-k", "test_core and 256"] if dry else ["--rounds", "7"]
+    part = ["-k", "samples"] if dry else ["-k", "samples or opcheck or errors"] if quick else []
+    few = ["--rounds", "1", "-k", "test_core and 256"] if dry else ["--rounds", "3" if quick else "7"]
     record = ["--record", str(results / "benchmarks")]
     check = [sanitizer(), "--error-exitcode", "7", "--print-limit", "20", "--tool"]
     run_ops = [python, "tools/run_ops.py", "--device", device]
     # One allocation for each tensor: an access past its end is not into another one's memory.
     alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    return [
+    curvature = ["tests/fisher", "tests/preconditioners", "tests/pruning"]
+    everything = [
         Phase("build", [python, "setup.py", "--quiet", "build_ext", "--inplace"], 150, build),
         Phase("tests", [*pytest, *spread, *part, "tests/ops"], 120, devices),
-        Phase(
-            "curvature",
-            [*pytest, *spread, *part, "tests/fisher", "tests/preconditioners", "tests/pruning"],
-            120,
-            devices,
-        ),
+        Phase("curvature", [*pytest, *spread, *part, *curvature], 120, devices),
         Phase("graphs", [*pytest, "tests/cuda"], 60, devices),
         Phase("benchmarks", [*pytest, "benchmarks", "--device", device, *few, *record], 120),
         *(Phase(tool, [*([] if dry else [*check, tool]), *run_ops], 60, alone) for tool in SANITIZERS),
     ]
+    return [phase for phase in everything if not quick or phase.name not in ("curvature", *SANITIZERS[1:])]
 
 
 def run(phase: Phase, seconds: float, log: Path) -> dict[str, Any]:
@@ -157,10 +155,11 @@ def write(results: Path, facts: dict[str, Any], outcomes: list[dict[str, Any]]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, help="default: 8, or 3")
+    parser.add_argument("--quick", action="store_true", help="a part, in 3 minutes")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, a part of each phase")
     options = parser.parse_args()
-    deadline = time.monotonic() + 60 * options.minutes
+    deadline = time.monotonic() + 60 * (options.minutes or (3 if options.quick else 8))
     if not options.dry_run and not torch.cuda.is_available():
         sys.exit(f"torch {torch.__version__} finds no GPU; --dry-run does what can be done without")
 
@@ -170,7 +169,7 @@ def main() -> None:
     log = results / "logs.txt"
     log.unlink(missing_ok=True)
     facts, outcomes = machine(options.dry_run), []
-    for phase in phases(results, options.dry_run):
+    for phase in phases(results, options.dry_run, options.quick):
         before = log.stat().st_size if log.exists() else 0
         left = deadline - time.monotonic()
         outcome = run(phase, min(phase.seconds, left), log) if left > 1 else {"outcome": "no time left", "seconds": 0}

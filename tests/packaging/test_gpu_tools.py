@@ -55,9 +55,16 @@ def test_time_is_that_between_the_events(card, monkeypatch):
     assert timer(work) == 2.5e-3
 
 
-def test_phases_on_a_gpu(card, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "phases"),
+    [
+        ((), ["build", "tests", "curvature", "graphs", "benchmarks", *gpu.SANITIZERS]),
+        (("--quick",), ["build", "tests", "graphs", "benchmarks", "memcheck"]),
+    ],
+)
+def test_phases_on_a_gpu(card, monkeypatch, tmp_path, options, phases):
     """Every phase runs, whatever becomes of the others; what they say is kept."""
-    ran = []
+    ran: list[gpu.Phase] = []
 
     def run(phase: gpu.Phase, seconds: float, log: Path) -> dict[str, object]:
         ran.append(phase)
@@ -66,10 +73,10 @@ def test_phases_on_a_gpu(card, monkeypatch, tmp_path):
         return {"phase": phase.name, "outcome": "ok" if phase.name != "tests" else "exit status 1", "seconds": 1.0}
 
     monkeypatch.setattr(gpu, "run", run)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path), *options])
     with pytest.raises(SystemExit, match="1"):
         gpu.main()
-    assert [phase.name for phase in ran] == ["build", "tests", "curvature", "graphs", "benchmarks", *gpu.SANITIZERS]
+    assert [phase.name for phase in ran] == phases
     assert ran[0].environment["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert ran[1].environment["MFAC_KERNELS_TEST_DEVICES"] == "cuda"
     summary = json.loads((tmp_path / "gpu.json").read_text())
