@@ -14,12 +14,13 @@ stamp := $(VENV)/.mfac_kernels
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check
 sources := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: help install demo test bench bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitized-build sanitize fuzz simt cuda-check cuda-audit cuda-wheel gpu wheel abi-check wheels docs clean
+.PHONY: help install demo test bench record bench-compare paper-fig1 paper-pruning paper-twolevel paper-relatives paper-gptq paper-pinn gpt2 lint sanitized-build sanitize fuzz simt cuda-check cuda-audit cuda-wheel gpu wheel abi-check wheels docs clean
 
 help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD, Adam, M-FAC and K-FAC: runs/demo'
 	@echo 'make test      build, then run the tests'
-	@echo 'make bench     build, then run the benchmarks; RECORD=dir: results.json and results.md there'
+	@echo 'make bench     build, then run the benchmarks; RECORD=dir: results.json and results.md there, by family'
+	@echo 'make record    the same beside all peers, and growth, accuracy, pruning: benchmarks/results/cpu as this machine has it'
 	@echo 'make bench-compare OLD=file NEW=file  what moved between two such results.json'
 	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
 	@echo 'make paper-twolevel  K-FAC and its coarse corrections on four problems: benchmarks/results/twolevel.*'
@@ -101,6 +102,13 @@ test: $(stamp) $(stamp)-test $(stamp)-peers
 
 bench: $(stamp) $(stamp)-test
 	$(bin)/pytest benchmarks $(if $(RECORD),--record $(RECORD))
+
+record: results := benchmarks/results/cpu
+record: $(stamp) $(stamp)-bench $(stamp)-peers
+	$(bin)/pytest benchmarks --record $(results)
+	for program in growth kronecker_accuracy; do $(bin)/python benchmarks/$$program.py $(results) || exit; done
+	for program in kronecker_layers pruning_cost; do $(bin)/python benchmarks/$$program.py --out $(results) || exit; done
+	$(bin)/python benchmarks/cholesky_real_factors.py --out $(results)/cholesky_real_factors.md
 
 bench-compare:
 	$(PYTHON) benchmarks/compare.py $(OLD) $(NEW)

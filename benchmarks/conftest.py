@@ -1,7 +1,8 @@
 """The `race` fixture: contenders timed in turns in one process; and the table of a run.
 
 Only ratios mean anything on a machine whose speed drifts, and only between figures taken in turns. A benchmark first
-verifies the results that it is about to time. `pytest benchmarks --record DIR` writes results.json and results.md.
+verifies the results that it is about to time. `pytest benchmarks --record DIR` writes results.json and results.md
+of each bench_FAMILY.py into DIR/FAMILY.
 
 On the CPU ours is timed through pytest-benchmark, and the bound of what it does (ceilings.py) is measured in turns too.
 `--device cuda` runs the benchmarks that take the fixture `device`, timed by CUDA events with cold caches, and sets
@@ -28,12 +29,12 @@ from provenance import commit
 import mfac_kernels as mk
 
 _SLOW = 0.5  # seconds: a contender slower than this is sampled three times
-_ROWS = pytest.StashKey[list[dict[str, Any]]]()
+_ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()  # by family
 _COPY = pytest.StashKey[float]()  # bytes per second
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--record", metavar="DIR", help="write results.json and results.md there")
+    parser.addoption("--record", metavar="DIR", help="write results.json and results.md there, by family")
     parser.addoption("--rounds", type=int, default=11, help="samples per contender (default 11)")
     parser.addoption(
         "--device", choices=["cpu", "cuda"], default="cpu", help="what the benchmarks run on (default cpu)"
@@ -135,7 +136,8 @@ def race(request: pytest.FixtureRequest) -> Callable[..., None]:
             row["share of copy bandwidth"] = bound.moved / seconds / request.config.stash[_COPY]
         if benchmark is not None:
             benchmark.extra_info.update(row)
-        request.config.stash.setdefault(_ROWS, []).append(row)
+        family = request.path.stem.removeprefix("bench_")
+        request.config.stash.setdefault(_ROWS, {}).setdefault(family, []).append(row)
 
     return run
 
@@ -179,17 +181,17 @@ def _machine(config: pytest.Config) -> dict[str, Any]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = config.stash.get(_ROWS, [])
-    if not rows:
-        return
-    lines = _table(rows)
-    terminalreporter.write_line("\n".join(["", *lines]))
-    if folder := config.getoption("--record"):
-        out = Path(folder)
-        out.mkdir(parents=True, exist_ok=True)
-        machine = _machine(config)
-        (out / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
-        head = [f"- {key}: {value}" for key, value in machine.items()]
-        if config.getoption("--device") == "cpu":
-            head += ["", *table()]
-        (out / "results.md").write_text("\n".join([*head, "", *lines, ""]))
+    families = config.stash.get(_ROWS, {})
+    folder = config.getoption("--record")
+    machine = _machine(config) if families and folder else {}
+    head = [f"- {key}: {value}" for key, value in machine.items()]
+    if machine and config.getoption("--device") == "cpu":
+        head += ["", *table()]
+    for family, rows in families.items():
+        lines = _table(rows)
+        terminalreporter.write_line("\n".join(["", *lines]))
+        if folder:
+            out = Path(folder) / family
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+            (out / "results.md").write_text("\n".join([*head, "", *lines, ""]))

@@ -141,14 +141,17 @@ def machine(dry: bool) -> dict[str, Any]:
 
 
 def write(results: Path, facts: dict[str, Any], outcomes: list[dict[str, Any]]) -> None:
-    records = results / "benchmarks"
-    rows = json.loads((records / "results.json").read_text()) if (records / "results.json").is_file() else {}
-    summary = {"machine": facts, "phases": outcomes, "benchmarks": rows}
+    records = sorted((results / "benchmarks").glob("*/results.json"))
+    measured = {record.parent.name: json.loads(record.read_text()) for record in records}
+    summary = {"machine": facts, "phases": outcomes, "benchmarks": measured}
     (results / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
     lines = [f"- {key}: {value}" for key, value in facts.items()]
     lines += ["", "| phase | outcome | seconds |", "|---|---|---|"]
     lines += [f"| {one['phase']} | {one['outcome']} | {one['seconds']} |" for one in outcomes]
-    lines += ["", (records / "results.md").read_text() if rows else "benchmarks: not measured"]
+    for record in records:
+        lines += ["", f"## {record.parent.name}", "", record.with_suffix(".md").read_text().strip()]
+    if not records:
+        lines += ["", "benchmarks: not measured"]
     (results / "gpu.md").write_text("\n".join(lines).rstrip() + "\n")
 
 
