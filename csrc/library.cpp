@@ -6,11 +6,12 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
   // Instruction set of the CPU kernels: level < 0 asks, 0..2 chooses baseline, AVX2 or AVX-512. Returns the one in use.
   m.def("cpu_capability(int level) -> int");
 
-  // M-FAC, sliding window. state (2,) int64 = (gradients seen, gradients refused). Blocks of block_size columns are independent.
+  // M-FAC, sliding window. state (2,) int64 = (gradients seen, gradients refused). Blocks of block_size columns are independent;
+  // None: one block of all.
   m.def("window_insert_(Tensor(a!) window, Tensor state, Tensor g) -> Tensor");
-  m.def("window_dots(Tensor window, Tensor x, int block_size) -> Tensor");
+  m.def("window_dots(Tensor window, Tensor x, int? block_size=None) -> Tensor");
   m.def(
-      "window_combine(Tensor window, Tensor coefficients, int block_size, float beta, Tensor? x, float alpha, ScalarType dtype) -> "
+      "window_combine(Tensor window, Tensor coefficients, int? block_size, float beta, Tensor? x, float alpha, ScalarType dtype) -> "
       "Tensor");
   m.def("core_insert_(Tensor(a!) gram, Tensor(b!) factor, Tensor(c!) state, Tensor dots, float shift, bool per_gradient) -> Tensor");
   m.def("core_solve(Tensor factor, Tensor state, Tensor b, float shift, bool per_gradient) -> Tensor");
@@ -22,10 +23,13 @@ STABLE_TORCH_LIBRARY(mfac_kernels, m) {
   m.def("inverse_diagonal(Tensor g, Tensor transform, float damping) -> Tensor");
   m.def("block_inverse(Tensor g, int block_size, float damping, float count) -> (Tensor inverse, Tensor info)");
 
-  // Batches of symmetric positive definite blocks (..., n, n), any strides, of which the lower triangle is read. damping: float64 and
-  // contiguous, a value per block or one for the batch. Returns info, int32: a code per block, batch after batch (lists of tensors cannot
-  // be returned by an op that writes to its arguments: torch.compile refuses it). only, like info: blocks whose entry is 0 are skipped,
-  // what out holds of them stays and their info is 0.
+  // Batches of symmetric positive definite blocks (..., n, n), any strides, of which the lower triangle is read. info, int32: a code per
+  // block. The first two ops are those of one batch with one damping; of the others' damping, float64 and contiguous, each entry has a
+  // value per block or one for the batch. They return the info of all, batch after batch (lists of tensors cannot be returned by an op that
+  // writes to its arguments: torch.compile refuses it). only, like info: blocks whose entry is 0 are skipped, what out holds of them stays
+  // and their info is 0.
+  m.def("cholesky_inverse_ex(Tensor blocks, float damping) -> (Tensor inverse, Tensor info)");
+  m.def("cholesky_factor_ex(Tensor blocks, float damping) -> (Tensor factor, Tensor info)");
   m.def("cholesky_inverse_(Tensor(a!)[] out, Tensor[] blocks, Tensor[] damping, Tensor? only=None) -> Tensor");
   m.def("cholesky_factor_(Tensor(a!)[] out, Tensor[] blocks, Tensor[] damping, Tensor? only=None) -> Tensor");
   // out[i]: M with (block + damping I)^-1 = M^T M; upper triangular, or lower. A code k > 0: the trailing minor of order k is not

@@ -183,6 +183,16 @@ def damped(inputs: Inputs) -> Iterator[Arguments]:
         yield [torch.zeros_like(block) for block in blocks], blocks, damping
 
 
+@samples_of("cholesky_inverse_ex")
+def _(inputs: Inputs) -> Iterator[Arguments]:
+    for dtype in DTYPES:
+        yield inputs.spd(3, 5, 21, dtype=dtype).mT, 0.1
+    yield inputs.spd(4), 1
+
+
+SAMPLES["cholesky_factor_ex"] = SAMPLES["cholesky_inverse_ex"]
+
+
 @samples_of("cholesky_inverse_")
 def _(inputs: Inputs) -> Iterator[Arguments]:
     for out, blocks, damping in damped(inputs):

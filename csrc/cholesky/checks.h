@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/checks.h"
+#include "common/new_tensor.h"
 #include "common/types.h"
 
 namespace mfac_kernels {
@@ -53,12 +54,15 @@ struct Batch {
   std::vector<Dim> dims_;  // the last one first; neighbours that one stride spans are merged
 };
 
-// "op: blocks[3]", as messages begin
+// "op: blocks[3]", as messages begin; "op: blocks" of an op that takes no lists
 struct Entry {
-  const char *op, *list;
-  int64_t index;
+  const char *op, *name;
+  int64_t index = -1;
 };
-inline Text& operator<<(Text& text, const Entry& entry) { return text << entry.op << ": " << entry.list << '[' << entry.index << ']'; }
+inline Text& operator<<(Text& text, const Entry& entry) {
+  text << entry.op << ": " << entry.name;
+  return entry.index < 0 ? text : text << '[' << entry.index << ']';
+}
 
 inline void check_dtype_is(const Entry& entry, const Tensor& t, ScalarType expected) {
   check(t.scalar_type() == expected, entry, ": expected ", torch::headeronly::toString(expected), ", got ",
@@ -162,6 +166,14 @@ inline std::vector<DampedBatch> check_damped_batches(const char* op, const std::
   }
   if (only) check_state(op, "only", *only, ScalarType::Int, {block_count(batches)});
   return batches;
+}
+
+// Where the result goes of an op that takes one batch
+inline Tensor new_result(const char* op, const Tensor& blocks) {
+  check_square({op, "blocks"}, blocks);
+  const DType dtype = dtype_of(op, "blocks", blocks);
+  const auto sizes = blocks.sizes();
+  return new_tensor(blocks, {sizes.begin(), sizes.end()}, dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
 }
 
 // What triangular_inverse_ takes.

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -36,6 +37,13 @@ struct Rows {
 inline void check_block_size(const char* op, int64_t block_size) {
   check(block_size > 0, op, ": block_size: expected at least 1, got ", block_size);
 }
+// No more than there are columns; all of them where none is given
+inline int64_t block_width(const char* op, const std::optional<int64_t>& block_size, int64_t columns) {
+  const int64_t all = std::max<int64_t>(1, columns);
+  if (!block_size) return all;
+  check_block_size(op, *block_size);
+  return std::min(*block_size, all);
+}
 
 inline void check_positive(const char* op, const char* name, double value) {
   check(value > 0 && std::isfinite(value), op, ": ", name, ": expected a positive finite number, got ", value);
@@ -43,11 +51,12 @@ inline void check_positive(const char* op, const char* name, double value) {
 
 // ---- sliding window ---------------------------------------------------------------------------------------------------------------
 
-inline void check_window_dots(const char* op, const Tensor& window, const Tensor& x, int64_t block_size) {
+// Returns the columns of a block.
+inline int64_t check_window_dots(const char* op, const Tensor& window, const Tensor& x, const std::optional<int64_t>& block_size) {
   check_rows(op, "window", window);
   check_rows(op, "x", x);
   check(x.size(1) == window.size(1), op, ": x: expected ", window.size(1), " columns, as window has, got ", x.size(1));
-  check_block_size(op, block_size);
+  return block_width(op, block_size, window.size(1));
 }
 
 // Returns g (d) as a contiguous row (1, d).
@@ -60,17 +69,18 @@ inline Tensor check_window_insert(const char* op, const Tensor& window, const Te
   return row.size(1) > 1 && row.stride(1) != 1 ? torch::stable::contiguous(row) : row;
 }
 
-inline void check_window_combine(const char* op, const Tensor& window, const Tensor& coefficients, int64_t block_size,
-                                 const std::optional<Tensor>& x) {
+// Returns the columns of a block.
+inline int64_t check_window_combine(const char* op, const Tensor& window, const Tensor& coefficients,
+                                    const std::optional<int64_t>& block_size, const std::optional<Tensor>& x) {
   check_rows(op, "window", window);
-  check_block_size(op, block_size);
-  const int64_t dim = window.size(1), blocks = block_count(dim, block_size);
+  const int64_t dim = window.size(1), width = block_width(op, block_size, dim), blocks = block_count(dim, width);
   check(coefficients.dim() == 3, op, ": coefficients: expected 3 dimensions, got shape ", shape(coefficients));
   check_state(op, "coefficients", coefficients, ScalarType::Double, {blocks, coefficients.size(1), window.size(0)});
   if (x) {
     check_rows(op, "x", *x);
     check_shape(op, "x", *x, {coefficients.size(1), dim});
   }
+  return width;
 }
 
 // Gradients seen so far. On a device nobody looks: the kernels assert it.

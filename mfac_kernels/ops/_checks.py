@@ -15,6 +15,7 @@ _NAMES = {
     torch.float16: "Half",
     torch.int64: "Long",
     torch.int32: "Int",
+    torch.bool: "Bool",
 }
 
 

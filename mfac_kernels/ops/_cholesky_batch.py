@@ -136,8 +136,10 @@ def raise_if_failed(
     op: str, info: Tensor, damping: Damping | None, failure: str = "the leading minor of order {} is not positive"
 ) -> None:
     """torch.linalg.LinAlgError for the first block (of info (...)) that has failed. Waits for the device."""
+    if info.numel() == 1 and info.item() == 0:
+        return
     failed = info.nonzero()
-    if not len(failed):
+    if failed.size(0) == 0:
         return
     index = tuple(failed[0].tolist())
     code = int(info[index])

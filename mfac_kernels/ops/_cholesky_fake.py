@@ -71,6 +71,24 @@ def _check_damped(
     return blocks[0].new_empty(total, dtype=torch.int32)
 
 
+def _new_result(op: str, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """csrc/cholesky/checks.h, new_result; and info."""
+    _check_square(op, "blocks", blocks)
+    check_dtype(op, "blocks", blocks)
+    dtype = torch.float64 if blocks.dtype == torch.float64 else torch.float32
+    return blocks.new_empty(blocks.shape, dtype=dtype), blocks.new_empty(blocks.shape[:-2], dtype=torch.int32)
+
+
+@torch.library.register_fake("mfac_kernels::cholesky_inverse_ex")
+def _(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    return _new_result("cholesky_inverse_ex", blocks)
+
+
+@torch.library.register_fake("mfac_kernels::cholesky_factor_ex")
+def _(blocks: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    return _new_result("cholesky_factor_ex", blocks)
+
+
 @torch.library.register_fake("mfac_kernels::cholesky_inverse_")
 def _(out: Sequence[Tensor], blocks: Sequence[Tensor], damping: Sequence[Tensor], only: Tensor | None = None) -> Tensor:
     return _check_damped("cholesky_inverse_", out, blocks, damping, only)

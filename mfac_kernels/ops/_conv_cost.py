@@ -15,7 +15,6 @@ an element for the lags counts as 150.
 
 from __future__ import annotations
 
-import functools
 import math
 
 from torch import Tensor
@@ -49,13 +48,9 @@ def runs_on(x: Tensor) -> bool:
     return x.device.type == "cpu" and not _SIMT
 
 
-def of(x: Tensor, geometry: Geometry, groups: int, *, expanded: bool) -> dict[str, float]:
-    """The cost of each way for a group of x (N, C, spatial...); expanded: compressed forms become factors at once."""
-    return _of(tuple(x.shape), Geometry(*map(tuple, geometry)), groups, expanded)
-
-
-@functools.lru_cache(1024)
-def _of(shape: tuple[int, ...], geometry: Geometry, groups: int, expanded: bool) -> dict[str, float]:
+def of(shape: tuple[int, ...], geometry: Geometry, groups: int, *, expanded: bool) -> dict[str, float]:
+    """The cost of each way for a group of x of this shape (N, C, spatial...); expanded: compressed forms become factors
+    at once."""
     samples, channels, image = shape[0], shape[1] // groups, shape[2:]
     c = -(-channels // _VECTOR) * _VECTOR
     pairs = c * (c + min(c, _PANEL)) / 2

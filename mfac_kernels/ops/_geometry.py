@@ -57,7 +57,8 @@ def geometry_of(
 
     def each(name: str, value: Sizes) -> list[int]:
         sizes = [value] * dims if isinstance(value, int) else list(value)
-        check(len(sizes) == dims, f"{op}: {name}: expected 1 or {dims} numbers, got {value}")
+        if len(sizes) != dims:
+            raise RuntimeError(f"{op}: {name}: expected 1 or {dims} numbers, got {value}")
         return sizes
 
     kernel, strides, dilations = each("kernel_size", kernel_size), each("stride", stride), each("dilation", dilation)

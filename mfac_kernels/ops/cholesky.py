@@ -64,6 +64,8 @@ def cholesky_inverse_ex(
 
     Differentiable twice, in blocks and damping: d inverse = -inverse dA inverse. As A is symmetric, so is its gradient.
     """
+    if _is_plain(blocks, damping, out, dtype):
+        return _ops.cholesky_inverse_ex(blocks, damping)  # type: ignore[no-any-return]
     batch = Batch("cholesky_inverse_ex", "blocks", blocks, damping, out, dtype)
     (inverse,), info = _inverses("cholesky_inverse_ex", [batch])
     return inverse, batch.codes(info)
@@ -117,6 +119,8 @@ def cholesky_factor_ex(
     of :func:`cholesky_inverse_ex`. Not differentiable.
     """
     op = "cholesky_factor_ex"
+    if not upper and _is_plain(blocks, damping, out, dtype):
+        return _ops.cholesky_factor_ex(blocks, damping)  # type: ignore[no-any-return]
     batch = Batch(op, "blocks", blocks, damping, out, dtype)
     refuse_gradients(op, *batch.tensors)
     factor = batch.buffer()
@@ -153,6 +157,11 @@ def cholesky_solve(factor: Tensor, b: Tensor) -> Tensor:
     x = b.expand(*batch, *b.shape[-2:]).to(dtype, copy=True, memory_format=torch.contiguous_format)
     _ops.cholesky_solve_([x], [factor.to(dtype).expand(*batch, *factor.shape[-2:])])
     return x
+
+
+def _is_plain(blocks: Tensor, damping: Damping, out: Tensor | None, dtype: torch.dtype | None) -> bool:
+    """Whether there is nothing to prepare: an op does all, which for a small block is most of the time."""
+    return isinstance(damping, (float, int)) and out is None and dtype is None and not blocks.requires_grad
 
 
 def _inverses(op: str, batches: Sequence[Batch]) -> tuple[list[Tensor], Tensor]:

@@ -21,6 +21,7 @@ architectures", NeurIPS 2023 (expand, reduce).
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
@@ -75,7 +76,7 @@ def linear_factor_(
     count = 1 if offsets is None else max(0, offsets.numel() - 1)
     flag = _flag(factor, check_finite, count)
     (before, betas), (added, alphas) = _scale(beta), _scale(alpha)
-    _ops.linear_factor_(factor, x, weights, bias, before, added, flag, _allow_tf32(), offsets, betas, alphas)
+    _ops.linear_factor_(factor, x, weights, bias, before, added, flag, _allow_tf32(x), offsets, betas, alphas)
     return flag
 
 
@@ -107,7 +108,7 @@ def grouped_linear_factor_(
     of_each = [bias] * count if isinstance(bias, bool) else list(bias)
     rows = [None] * count if weights is None else list(weights)
     _ops.grouped_linear_factor_(
-        list(factors), list(xs), rows, of_each, before, added, flag, _allow_tf32(), betas, alphas
+        list(factors), list(xs), rows, of_each, before, added, flag, bool(xs) and _allow_tf32(xs[0]), betas, alphas
     )
     return flag
 
@@ -164,7 +165,7 @@ def conv_factor_(
         _ops.conv_expand_(factor, state, *geometry.form, groups, bias, beta, alpha)
         return None
     flag = _flag(factor, check_finite)
-    _ops.conv_factor_(factor, x, *geometry, groups, bias, sua, reduce, beta, alpha, flag, _allow_tf32())
+    _ops.conv_factor_(factor, x, *geometry, groups, bias, sua, reduce, beta, alpha, flag, _allow_tf32(x))
     return flag
 
 
@@ -192,7 +193,12 @@ def _way(
     _lags_form.check_offsets("conv_factor_", geometry)
     if algorithm != "auto":
         return algorithm
-    cost = _conv_cost.of(x, geometry, groups, expanded=True)
+    return _fastest(tuple(x.shape), Geometry(*map(tuple, geometry)), groups)
+
+
+@functools.lru_cache(1024)
+def _fastest(shape: tuple[int, ...], geometry: Geometry, groups: int) -> str:
+    cost = _conv_cost.of(shape, geometry, groups, expanded=True)
     return min(cost, key=cost.__getitem__)
 
 
@@ -232,16 +238,20 @@ def cross_factor(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     return product
 
 
-def _allow_tf32() -> bool:
-    return bool(torch.backends.cuda.matmul.allow_tf32)
+def _allow_tf32(x: Tensor) -> bool:
+    return x.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _scale(value: Scale) -> tuple[float, Tensor | None]:
     """The number, and the values that take its place."""
-    return (1.0, value.to(torch.float64).contiguous()) if isinstance(value, Tensor) else (value, None)
+    if isinstance(value, float) or not isinstance(value, Tensor):
+        return value, None
+    return 1.0, value.to(torch.float64).contiguous()
 
 
 def _flag(factor: Tensor, check_finite: bool | Tensor, count: int = 1) -> Tensor | None:
+    if check_finite is False:
+        return None
     if isinstance(check_finite, Tensor):
         return check_finite
     return factor.new_zeros(count, dtype=torch.int32) if check_finite else None

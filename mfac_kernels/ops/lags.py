@@ -15,12 +15,14 @@ multiplied in float32. A convolution over one dimension is one over images of he
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from mfac_kernels.ops import _conv_cost, _kronecker_fakes, _lags_form
 from mfac_kernels.ops._checks import check
-from mfac_kernels.ops._geometry import Sizes, geometry_of
+from mfac_kernels.ops._geometry import Geometry, Sizes, geometry_of
 from mfac_kernels.ops.kronecker import _flag
 
 __all__ = ["conv2d_expand_", "conv2d_lags_", "conv2d_lags_size"]
@@ -68,13 +70,19 @@ def conv2d_lags_(
     flag = _flag(state, check_finite)
     fft = algorithm == "fft"
     if algorithm == "auto" and _conv_cost.runs_on(x):
-        # In the words of the op, before another sees them
-        _kronecker_fakes.check_conv("conv_lags_", x, geometry, groups)
-        _lags_form.check_offsets("conv_lags_", geometry)
-        cost = _conv_cost.of(x, geometry, groups, expanded=False)
-        fft = cost["fft"] < cost["lags"]
+        fft = _frequencies_are_faster(tuple(x.shape), x.dtype, Geometry(*map(tuple, geometry)), groups)
     _ops.conv_lags_(state, x, *geometry.form, groups, bias, fft, beta, alpha, flag)
     return flag
+
+
+@functools.lru_cache(1024)
+def _frequencies_are_faster(shape: tuple[int, ...], dtype: torch.dtype, geometry: Geometry, groups: int) -> bool:
+    """Of an input's shape and dtype; what the op refuses is refused in its words, before the costs see it."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    _kronecker_fakes.check_conv("conv_lags_", x, geometry, groups)
+    _lags_form.check_offsets("conv_lags_", geometry)
+    cost = _conv_cost.of(shape, geometry, groups, expanded=False)
+    return cost["fft"] < cost["lags"]
 
 
 def conv2d_expand_(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import mfac_kernels._library  # noqa: F401  (loads the ops)
-from mfac_kernels.ops._blocks import block_count, block_width
+from mfac_kernels.ops._blocks import block_count
 from mfac_kernels.ops._checks import check, check_rows, check_state
 
 __all__ = ["block_gram", "block_inverse", "gram", "inverse_diagonal"]
@@ -43,7 +43,7 @@ def gram(g: Tensor, *, double_precision: bool = False) -> Tensor:
 
 def block_gram(g: Tensor, block_size: int, *, double_precision: bool = False) -> Tensor:
     """:func:`gram` of each block of ``block_size`` columns, the last one ragged: (m, d) -> (blocks, m, m) float64."""
-    s: Tensor = _ops.block_gram(g, block_width(g, block_size), double_precision)
+    s: Tensor = _ops.block_gram(g, block_size, double_precision)
     return s
 
 

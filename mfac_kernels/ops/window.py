@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import mfac_kernels._library  # noqa: F401  (loads the ops)
-from mfac_kernels.ops._blocks import block_count, block_width
+from mfac_kernels.ops._blocks import block_count
 from mfac_kernels.ops._checks import FLOATS, check, check_dtype, check_rows, check_shape, check_state, type_text
 
 __all__ = [
@@ -50,7 +50,7 @@ def window_insert_(window: Tensor, state: Tensor, g: Tensor) -> Tensor:
 
 def window_dots(window: Tensor, x: Tensor, block_size: int | None = None) -> Tensor:
     """``x @ window.T`` per block of ``block_size`` columns: window (m, d), x (k, d) -> (blocks, k, m) float64."""
-    dots: Tensor = _ops.window_dots(window, x, block_width(window, block_size))
+    dots: Tensor = _ops.window_dots(window, x, block_size)
     return dots
 
 
@@ -68,8 +68,7 @@ def window_combine(
 
     window (m, d); coefficients (blocks, k, m) float64; x (k, d) -> (k, d) in ``dtype`` (default: the window's).
     """
-    size = block_width(window, block_size)
-    out: Tensor = _ops.window_combine(window, coefficients, size, beta, x, alpha, dtype or window.dtype)
+    out: Tensor = _ops.window_combine(window, coefficients, block_size, beta, x, alpha, dtype or window.dtype)
     return out
 
 
@@ -110,7 +109,7 @@ def _(window: Tensor, state: Tensor, g: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("mfac_kernels::window_dots")
-def _(window: Tensor, x: Tensor, block_size: int) -> Tensor:
+def _(window: Tensor, x: Tensor, block_size: int | None = None) -> Tensor:
     op = "window_dots"
     check_rows(op, "window", window)
     check_rows(op, "x", x)
@@ -126,7 +125,7 @@ def _(window: Tensor, x: Tensor, block_size: int) -> Tensor:
 def _(
     window: Tensor,
     coefficients: Tensor,
-    block_size: int,
+    block_size: int | None,
     beta: float,
     x: Tensor | None,
     alpha: float,

@@ -73,9 +73,8 @@ class Passes:
 
 
 def accumulator(parameter: Tensor) -> Node:
-    """The node that accumulates the gradient of a leaf."""
-    with torch.enable_grad():
-        view = parameter.view_as(parameter)
+    """The node that accumulates the gradient of a leaf. Asked while gradients are enabled."""
+    view = parameter.view_as(parameter)
     assert view.grad_fn is not None
     node = view.grad_fn.next_functions[0][0]
     assert node is not None
@@ -102,14 +101,13 @@ def transformed() -> bool:
 
 class Saved:
     """A tensor as autograd saves it: packed by whatever saved-tensor hooks are set (checkpoints drop and recompute it,
-    others move it away), and an error if it was written to in between."""
+    others move it away), and an error if it was written to in between. Made while gradients are enabled."""
 
     __slots__ = ("_result",)
 
     def __init__(self, x: Tensor) -> None:
         anchor = torch.empty(0, requires_grad=True)
-        with torch.enable_grad():
-            self._result: Any = _Save.apply(anchor, x)  # type: ignore[no-untyped-call]  # keeps its node's tensors
+        self._result: Any = _Save.apply(anchor, x)  # type: ignore[no-untyped-call]  # keeps its node's tensors
 
     def get(self) -> Tensor:
         (x,) = self._result.grad_fn.saved_tensors

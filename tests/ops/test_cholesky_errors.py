@@ -28,9 +28,15 @@ DAMPED = [
     (([OUT], [B], [D], torch.ones(2)), r"only: expected Int, got Float"),
     (([OUT], [B], [D], torch.ones(3).int()), r"only: expected shape \(2,\), got \(3,\)"),
 ]
+ONE_BATCH = [
+    ((B[0, 0], 0.1), r"blocks: expected shape \(..., n, n\), got \(3,\)"),
+    ((B[:, :2], 0.1), r"blocks: expected shape \(..., n, n\), got \(2, 2, 3\)"),
+    ((B.bool(), 0.1), rf"blocks: {ANY} Bool"),
+]
 BAD = [
     *(("cholesky_inverse_", *case) for case in DAMPED),
     *(("cholesky_factor_", *case) for case in DAMPED),
+    *((f"cholesky_{what}_ex", *case) for what in ("inverse", "factor") for case in ONE_BATCH),
     ("cholesky_solve_", ([B, B], [B]), r"x: expected 1 tensors, as factors has, got 2"),
     ("cholesky_solve_", ([B], [B[:, :, :2]]), r"factors\[0\]: expected shape \(..., n, n\), got \(2, 3, 2\)"),
     ("cholesky_solve_", ([B], [B.half()]), r"factors\[0\]: expected float32 or float64, got Half"),
@@ -78,7 +84,7 @@ WRONG = [
         lambda: ops.cholesky_inverse_ex(B[0, 0]),
         r"cholesky_inverse_ex: blocks: expected shape \(..., n, n\), got \(3,\)",
     ),
-    (lambda: ops.cholesky_inverse(B.bool()), rf"cholesky_inverse_ex: blocks: {ANY} torch.bool"),
+    (lambda: ops.cholesky_inverse(B.bool()), rf"cholesky_inverse_ex: blocks: {ANY} Bool"),
     (
         lambda: ops.cholesky_inverse_ex(B, D.repeat(2)),
         r"cholesky_inverse_ex: damping: expected a batch that broadcasts with \(2,\), got \(4,\)",

@@ -77,6 +77,7 @@ def samples(dtype: torch.dtype, device: str = "cpu") -> list[tuple[str, tuple[ob
     factors = [ops.cholesky_factor(b.to(computed)) for b in blocks]
     x = [torch.ones(*f.shape[:-1], 2, dtype=computed, device=device) for f in factors]
     return [
+        *((f"cholesky_{what}_ex", (b, 0.1)) for what in ("inverse", "factor") for b in blocks),
         ("cholesky_inverse_", (out, blocks, damping)),
         ("cholesky_inverse_", (out, blocks, damping, only)),
         ("cholesky_factor_", (out, blocks, damping)),

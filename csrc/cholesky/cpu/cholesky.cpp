@@ -8,11 +8,13 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cholesky/checks.h"
 #include "common/cpu/tasks.h"
+#include "common/new_tensor.h"
 
 namespace mfac_kernels {
 namespace {
@@ -46,7 +48,8 @@ std::vector<Task> tasks_of(size_t lists, const Count& count, const Cost& cost) {
       tasks.push_back({i, b, end, static_cast<double>(end - b) * cost(i)});
     }
   }
-  std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
+  if (tasks.size() > 1)  // a sort of one allocates
+    std::stable_sort(tasks.begin(), tasks.end(), [](const Task& a, const Task& b) { return a.cost > b.cost; });
   return tasks;
 }
 
@@ -92,14 +95,10 @@ bool by_all_threads(const SizeClass& of) { return of.n >= 2048 || (of.n >= 512 &
 
 Job job_as_it_is(const Job& job, int64_t) { return job; }
 
-// Every block of every batch, after view(job, n); returns their codes.
+// Every block of every batch, after view(job, n), and its code.
 template <class View>
-Tensor run_blocks(const char* op, const std::vector<DampedBatch>& batches, const std::vector<Tensor>& blocks,
-                  const std::optional<Tensor>& only, BlockKernel CholeskyKernels::* chosen_kernel, const View& view) {
-  check(!blocks.empty(), op, ": blocks: expected at least one tensor");
-  Tensor info = torch::stable::new_empty(blocks[0], {block_count(batches)}, ScalarType::Int);
-  auto* codes = static_cast<int32_t*>(info.mutable_data_ptr());
-  const auto* chosen = only ? static_cast<const int32_t*>(only->const_data_ptr()) : nullptr;
+void run_blocks(const std::vector<DampedBatch>& batches, const int32_t* chosen, BlockKernel CholeskyKernels::* chosen_kernel,
+                const View& view, int32_t* codes) {
   const std::vector<SizeClass> classes = size_classes(batches);
   const auto run = [&](const SizeClass& of, int64_t begin, int64_t end, Team team) {  // groups [begin, end) of a class
     const CholeskyKernels& kernels = cholesky_kernels(of.dtype);
@@ -135,40 +134,72 @@ Tensor run_blocks(const char* op, const std::vector<DampedBatch>& batches, const
       [&](size_t i) { return by_all_threads(classes[i]) ? 0 : (classes[i].count + group_size(classes[i]) - 1) / group_size(classes[i]); },
       [&](size_t i) { return cube(classes[i].n) * static_cast<double>(group_size(classes[i])); });
   for_each_task(static_cast<int64_t>(tasks.size()), [&](int64_t t) { run(classes[tasks[t].list], tasks[t].begin, tasks[t].end, nullptr); });
+}
+
+// The same of a list of batches; returns the codes.
+template <class View>
+Tensor run_lists(const char* op, const std::vector<DampedBatch>& batches, const std::vector<Tensor>& blocks,
+                 const std::optional<Tensor>& only, BlockKernel CholeskyKernels::* kernel, const View& view) {
+  check(!blocks.empty(), op, ": blocks: expected at least one tensor");
+  Tensor info = new_tensor(blocks[0], {block_count(batches)}, ScalarType::Int);
+  const auto* chosen = only ? static_cast<const int32_t*>(only->const_data_ptr()) : nullptr;
+  run_blocks(batches, chosen, kernel, view, static_cast<int32_t*>(info.mutable_data_ptr()));
   return info;
 }
 
-Tensor cholesky_inverse_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
+Tensor cholesky_inverse_(const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
+                         const std::optional<Tensor>& only) {
   constexpr const char* op = "cholesky_inverse_";
-  return run_blocks(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::inverse, job_as_it_is);
+  return run_lists(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::inverse, job_as_it_is);
 }
 
-Tensor cholesky_factor_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
+Tensor cholesky_factor_(const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
+                        const std::optional<Tensor>& only) {
   constexpr const char* op = "cholesky_factor_";
-  return run_blocks(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::factor, job_as_it_is);
+  return run_lists(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::factor, job_as_it_is);
+}
+
+// One batch with one damping into new memory: result and codes.
+std::tuple<Tensor, Tensor> of_one_batch(const char* op, const Tensor& blocks, double damping, BlockKernel CholeskyKernels::* kernel) {
+  const Tensor result = new_result(op, blocks);
+  const auto sizes = blocks.sizes();
+  const Tensor info = new_tensor(blocks, {sizes.begin(), sizes.end() - 2}, ScalarType::Int);
+  std::vector<DampedBatch> batches;
+  add_batch(op, -1, result, blocks, batches);
+  batches[0].damping = &damping;
+  run_blocks(batches, nullptr, kernel, job_as_it_is, static_cast<int32_t*>(info.mutable_data_ptr()));
+  return {result, info};
+}
+
+std::tuple<Tensor, Tensor> cholesky_inverse_ex(const Tensor& blocks, double damping) {
+  return of_one_batch("cholesky_inverse_ex", blocks, damping, &CholeskyKernels::inverse);
+}
+
+std::tuple<Tensor, Tensor> cholesky_factor_ex(const Tensor& blocks, double damping) {
+  return of_one_batch("cholesky_factor_ex", blocks, damping, &CholeskyKernels::factor);
 }
 
 // With J H J = L L^T, H^-1 = U^T U for U = J L^-1 J. The lower triangle of J H J is that of H, transposed and reversed.
-Tensor cholesky_inverse_factor_(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, bool upper,
-                                std::optional<Tensor> only) {
+Tensor cholesky_inverse_factor_(const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
+                                bool upper, const std::optional<Tensor>& only) {
   constexpr const char* op = "cholesky_inverse_factor_";
-  return run_blocks(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::inverse_factor,
-                    [upper](const Job& job, int64_t n) {
-                      if (!upper || n == 0) return job;
-                      return Job{reversed(transposed(job.block), n), reversed(job.out, n), job.damping, job.info};
-                    });
+  return run_lists(op, check_damped_batches(op, out, blocks, damping, only), blocks, only, &CholeskyKernels::inverse_factor,
+                   [upper](const Job& job, int64_t n) {
+                     if (!upper || n == 0) return job;
+                     return Job{reversed(transposed(job.block), n), reversed(job.out, n), job.damping, job.info};
+                   });
 }
 
-Tensor triangular_inverse_(std::vector<Tensor> out, std::vector<Tensor> blocks, bool upper) {
+Tensor triangular_inverse_(const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, bool upper) {
   constexpr const char* op = "triangular_inverse_";
-  return run_blocks(op, check_triangular_batches(op, out, blocks), blocks, std::nullopt, &CholeskyKernels::triangular_inverse,
-                    [upper](const Job& job, int64_t n) {
-                      if (!upper || n == 0) return job;
-                      return Job{reversed(job.block, n), reversed(job.out, n), job.damping, job.info};
-                    });
+  return run_lists(op, check_triangular_batches(op, out, blocks), blocks, std::nullopt, &CholeskyKernels::triangular_inverse,
+                   [upper](const Job& job, int64_t n) {
+                     if (!upper || n == 0) return job;
+                     return Job{reversed(job.block, n), reversed(job.out, n), job.damping, job.info};
+                   });
 }
 
-void cholesky_solve_(std::vector<Tensor> x, std::vector<Tensor> factors) {
+void cholesky_solve_(const std::vector<Tensor>& x, const std::vector<Tensor>& factors) {
   constexpr int64_t kColumns = 256;  // of right-hand sides in a task: what packing the factor is worth
   const std::vector<SolveBatch> batches = check_solve_batches("cholesky_solve_", x, factors);
   const auto pieces = [&](size_t i) { return (batches[i].x.columns + kColumns - 1) / kColumns; };
@@ -195,6 +226,8 @@ void cholesky_solve_(std::vector<Tensor> x, std::vector<Tensor> factors) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, CPU, m) {
+  m.impl("cholesky_inverse_ex", TORCH_BOX(&cholesky_inverse_ex));
+  m.impl("cholesky_factor_ex", TORCH_BOX(&cholesky_factor_ex));
   m.impl("cholesky_inverse_", TORCH_BOX(&cholesky_inverse_));
   m.impl("cholesky_factor_", TORCH_BOX(&cholesky_factor_));
   m.impl("cholesky_inverse_factor_", TORCH_BOX(&cholesky_inverse_factor_));

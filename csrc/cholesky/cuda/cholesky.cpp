@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "cholesky/checks.h"
@@ -129,27 +130,47 @@ Tensor damped(const char* op, CholeskyResult result, Order order, const std::vec
   return cholesky(op, result, order, check_damped_batches(op, out, blocks, damping, only), out, blocks, damping, only);
 }
 
-Tensor cholesky_inverse_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
+Tensor cholesky_inverse_cuda(const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
+                             const std::optional<Tensor>& only) {
   return damped("cholesky_inverse_", CholeskyResult::inverse, Order::as_it_is, out, blocks, damping, only);
 }
 
-Tensor cholesky_factor_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, std::optional<Tensor> only) {
+Tensor cholesky_factor_cuda(const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
+                            const std::optional<Tensor>& only) {
   return damped("cholesky_factor_", CholeskyResult::factor, Order::as_it_is, out, blocks, damping, only);
 }
 
-Tensor cholesky_inverse_factor_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks, std::vector<Tensor> damping, bool upper,
-                                    std::optional<Tensor> only) {
+// One batch with one damping into new memory: result and codes.
+std::tuple<Tensor, Tensor> of_one_batch(const char* op, CholeskyResult result, const Tensor& blocks, double damping) {
+  const Tensor out = new_result(op, blocks);
+  Tensor shift = uninitialised(blocks, {1}, ScalarType::Double);
+  torch::stable::fill_(shift, damping);
+  const Tensor info = damped(op, result, Order::as_it_is, {out}, {blocks}, {shift}, std::nullopt);
+  const auto sizes = blocks.sizes();
+  return {out, torch::stable::view(info, {sizes.data(), sizes.size() - 2})};
+}
+
+std::tuple<Tensor, Tensor> cholesky_inverse_ex_cuda(const Tensor& blocks, double damping) {
+  return of_one_batch("cholesky_inverse_ex", CholeskyResult::inverse, blocks, damping);
+}
+
+std::tuple<Tensor, Tensor> cholesky_factor_ex_cuda(const Tensor& blocks, double damping) {
+  return of_one_batch("cholesky_factor_ex", CholeskyResult::factor, blocks, damping);
+}
+
+Tensor cholesky_inverse_factor_cuda(const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, const std::vector<Tensor>& damping,
+                                    bool upper, const std::optional<Tensor>& only) {
   const Order order = upper ? Order::reversed : Order::as_it_is;
   return damped("cholesky_inverse_factor_", CholeskyResult::inverse_factor, order, out, blocks, damping, only);
 }
 
-Tensor triangular_inverse_cuda(std::vector<Tensor> out, std::vector<Tensor> blocks, bool upper) {
+Tensor triangular_inverse_cuda(const std::vector<Tensor>& out, const std::vector<Tensor>& blocks, bool upper) {
   constexpr const char* op = "triangular_inverse_";
   const Order order = upper ? Order::reversed : Order::as_it_is;
   return cholesky(op, CholeskyResult::triangular_inverse, order, check_triangular_batches(op, out, blocks), out, blocks, {}, std::nullopt);
 }
 
-void cholesky_solve_cuda(std::vector<Tensor> x, std::vector<Tensor> factors) {
+void cholesky_solve_cuda(const std::vector<Tensor>& x, const std::vector<Tensor>& factors) {
   constexpr const char* op = "cholesky_solve_";
   const std::vector<SolveBatch> batches = check_solve_batches(op, x, factors);
   if (x.empty()) return;
@@ -176,6 +197,8 @@ void cholesky_solve_cuda(std::vector<Tensor> x, std::vector<Tensor> factors) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(mfac_kernels, MFAC_DEVICE_KEY, m) {
+  m.impl("cholesky_inverse_ex", TORCH_BOX(&cholesky_inverse_ex_cuda));
+  m.impl("cholesky_factor_ex", TORCH_BOX(&cholesky_factor_ex_cuda));
   m.impl("cholesky_inverse_", TORCH_BOX(&cholesky_inverse_cuda));
   m.impl("cholesky_factor_", TORCH_BOX(&cholesky_factor_cuda));
   m.impl("cholesky_inverse_factor_", TORCH_BOX(&cholesky_inverse_factor_cuda));

@@ -14,6 +14,7 @@ namespace mfac_kernels {
 
 template <class Body>
 void for_each_task(int64_t count, const Body& body) {
+  if (count == 1) return body(int64_t(0));
   std::atomic<int64_t> next{0};
   parallel_for(0, count, 1, [&](int64_t, int64_t) {
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(task);

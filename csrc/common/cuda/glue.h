@@ -5,6 +5,7 @@
 
 #include "common/checks.h"
 #include "common/cuda/launch.h"
+#include "common/new_tensor.h"
 #if !defined(MFAC_KERNELS_SIMT)
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -54,8 +55,8 @@ class DeviceOf {
 };
 
 // Without values on a GPU, NaN on the CPU: what a kernel leaves unwritten shows.
-inline Tensor uninitialised(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor t = torch::stable::new_empty(like, sizes, dtype);
+inline Tensor uninitialised(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  Tensor t = new_tensor(like, sizes, dtype);
 #if defined(MFAC_KERNELS_SIMT)
   if (t.numel() > 0) std::memset(t.mutable_data_ptr(), 0xff, t.numel() * t.element_size());
 #endif

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "common/cpu/tasks.h"
+#include "common/new_tensor.h"
 #include "mfac/checks.h"
 #include "mfac/cpu/static_kernels.h"
 
@@ -18,8 +19,8 @@ std::tuple<Tensor, Tensor> block_inverse(const Tensor& g, int64_t block_size, do
   const Rows rows = check_block_inverse("block_inverse", g, block_size, count);
   const StaticKernels& kernels = static_kernels(rows.dtype);
   const int64_t blocks = block_count(rows.dim, block_size);
-  Tensor inverse = torch::stable::new_empty(g, {blocks, block_size, block_size}, inverse_type(rows.dtype));
-  Tensor info = torch::stable::new_empty(g, {blocks}, ScalarType::Int);
+  Tensor inverse = new_tensor(g, {blocks, block_size, block_size}, inverse_type(rows.dtype));
+  Tensor info = new_tensor(g, {blocks}, ScalarType::Int);
   auto* out = static_cast<char*>(inverse.mutable_data_ptr());
   auto* codes = static_cast<int32_t*>(info.mutable_data_ptr());
   const auto block_bytes = block_size * block_size * static_cast<int64_t>(inverse.element_size());

@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "common/cpu/tasks.h"
+#include "common/new_tensor.h"
 #include "mfac/cpu/passes.h"
 #include "mfac/cpu/static_kernels.h"
 
@@ -73,22 +74,23 @@ void gram_blocks(const Rows& g, int64_t block_size, bool double_precision, doubl
 
 namespace {
 
-Tensor gram_of_blocks(const Tensor& tensor, const Rows& g, int64_t block_size, bool double_precision) {
-  Tensor result = torch::stable::new_empty(tensor, {block_count(g.dim, block_size), g.rows, g.rows}, ScalarType::Double);
-  gram_blocks(g, block_size, double_precision, static_cast<double*>(result.mutable_data_ptr()));
-  return result;
-}
-
 Tensor gram(const Tensor& g, bool double_precision) {
   const Rows rows = check_gradients("gram", g);
-  if (rows.dim == 0) return torch::stable::new_zeros(g, {rows.rows, rows.rows}, ScalarType::Double);
-  return torch::stable::select(gram_of_blocks(g, rows, rows.dim, double_precision), 0, 0);
+  Tensor result = new_tensor(g, {rows.rows, rows.rows}, ScalarType::Double);
+  auto* const out = static_cast<double*>(result.mutable_data_ptr());
+  if (rows.dim == 0)
+    std::fill_n(out, rows.rows * rows.rows, 0.0);
+  else
+    gram_blocks(rows, rows.dim, double_precision, out);
+  return result;
 }
 
 Tensor block_gram(const Tensor& g, int64_t block_size, bool double_precision) {
   const Rows rows = check_gradients("block_gram", g);
-  check_block_size("block_gram", block_size);
-  return gram_of_blocks(g, rows, block_size, double_precision);
+  const int64_t width = block_width("block_gram", block_size, rows.dim);
+  Tensor result = new_tensor(g, {block_count(rows.dim, width), rows.rows, rows.rows}, ScalarType::Double);
+  gram_blocks(rows, width, double_precision, static_cast<double*>(result.mutable_data_ptr()));
+  return result;
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <memory>
 
 #include "common/cpu/tasks.h"
+#include "common/new_tensor.h"
 #include "mfac/checks.h"
 #include "mfac/cpu/static_kernels.h"
 
@@ -15,7 +16,7 @@ namespace {
 
 Tensor inverse_diagonal(const Tensor& g, const Tensor& transform, double damping) {
   const Rows rows = check_inverse_diagonal("inverse_diagonal", g, transform, damping);
-  Tensor diagonal = torch::stable::new_empty(g, {rows.dim}, inverse_type(rows.dtype));
+  Tensor diagonal = new_tensor(g, {rows.dim}, inverse_type(rows.dtype));
   auto* out = static_cast<char*>(diagonal.mutable_data_ptr());
   const auto item = static_cast<int64_t>(diagonal.element_size());
   const auto& kernels = static_kernels(rows.dtype);

@@ -11,6 +11,7 @@
 
 #include "common/cpu/parallel.h"
 #include "common/cpu/tasks.h"
+#include "common/new_tensor.h"
 #include "mfac/cpu/passes.h"
 #include "mfac/cpu/window_kernels.h"
 
@@ -60,10 +61,13 @@ struct Columns {
 
 double* doubles(int64_t n) { return static_cast<double*>(scratch(n * sizeof(double))); }
 
-// Widens n columns of one row and pads the chunk with zeros.
+// What the kernels read of a chunk of n columns
+int64_t padded(int64_t n) { return std::min(kWindowChunk, n + kWindowPad); }
+
+// Widens n columns of one row and pads them with zeros.
 void widen_chunk(const WindowKernels& kernels, const void* src, int64_t n, double* out) {
   kernels.widen(src, n, out);
-  std::fill(out + n, out + kWindowChunk, 0.0);
+  std::fill(out + n, out + padded(n), 0.0);
 }
 
 // Vectors per pass: their chunks, 64 KiB each, fill half of a 2 MiB L2 cache.
@@ -98,7 +102,7 @@ void window_combine(const Rows& g, const double* coefficients, int64_t block_siz
     columns.for_each_chunk(g.rows * k, [&](int64_t block, int64_t, int64_t column, int64_t n) {
       double* y = doubles((k + 1) * kWindowChunk);
       double* input = y + k * kWindowChunk;
-      std::fill_n(y, k * kWindowChunk, 0.0);
+      for (int64_t i = 0; i < k; ++i) std::fill_n(y + i * kWindowChunk, padded(n), 0.0);
       kernels_of(g).combine(g.at(0, column), g.stride, g.rows, n, coefficients + (block * vectors + first) * g.rows, k, y);
       for (int64_t i = 0; i < k; ++i) {
         double* yi = y + i * kWindowChunk;
@@ -116,12 +120,12 @@ void window_combine(const Rows& g, const double* coefficients, int64_t block_siz
 
 namespace {
 
-Tensor dots_of_window(const Tensor& window, const Tensor& x, int64_t block_size) {
+Tensor dots_of_window(const Tensor& window, const Tensor& x, const std::optional<int64_t>& block_size) {
   constexpr const char* op = "window_dots";
-  check_window_dots(op, window, x, block_size);
+  const int64_t width = check_window_dots(op, window, x, block_size);
   const Rows g(op, "window", window), v(op, "x", x);
-  Tensor dots = torch::stable::new_zeros(window, {block_count(g.dim, block_size), v.rows, g.rows}, ScalarType::Double);
-  window_dots(g, v, block_size, static_cast<double*>(dots.mutable_data_ptr()));
+  Tensor dots = new_tensor(window, {block_count(g.dim, width), v.rows, g.rows}, ScalarType::Double);
+  window_dots(g, v, width, static_cast<double*>(dots.mutable_data_ptr()));
   return dots;
 }
 
@@ -147,7 +151,7 @@ Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& g
   constexpr const char* op = "window_insert_";
   const Tensor row = check_window_insert(op, window, state, gradient);
   const Rows w(op, "window", window), g(op, "g", row);
-  Tensor dots = torch::stable::new_empty(window, {w.rows}, ScalarType::Double);
+  Tensor dots = new_tensor(window, {w.rows}, ScalarType::Double);
   double* out = static_cast<double*>(dots.mutable_data_ptr());
 
   const double square_sum = rounded_square_sum(g, w);
@@ -171,14 +175,14 @@ Tensor window_insert_(const Tensor& window, const Tensor& state, const Tensor& g
   return dots;
 }
 
-Tensor combination_of_window(const Tensor& window, const Tensor& coefficients, int64_t block_size, double beta,
+Tensor combination_of_window(const Tensor& window, const Tensor& coefficients, const std::optional<int64_t>& block_size, double beta,
                              const std::optional<Tensor>& x, double alpha, ScalarType dtype) {
   constexpr const char* op = "window_combine";
-  check_window_combine(op, window, coefficients, block_size, x);
+  const int64_t width = check_window_combine(op, window, coefficients, block_size, x);
   const Rows g(op, "window", window);
   const std::optional<Rows> v = x ? std::optional<Rows>(Rows(op, "x", *x)) : std::nullopt;
-  Tensor result = torch::stable::new_empty(window, {coefficients.size(1), g.dim}, dtype);
-  window_combine(g, static_cast<const double*>(coefficients.const_data_ptr()), block_size, beta, v, alpha, Rows(op, "dtype", result));
+  Tensor result = new_tensor(window, {coefficients.size(1), g.dim}, dtype);
+  window_combine(g, static_cast<const double*>(coefficients.const_data_ptr()), width, beta, v, alpha, Rows(op, "dtype", result));
   return result;
 }
 

@@ -10,6 +10,8 @@ namespace mfac_kernels {
 // Columns that a window pass handles at a time. Its float64 accumulators (64 KiB a vector) stay in L2 while the rows stream past; shorter
 // runs of a row leave the hardware prefetcher no time (of what torch.mv reads, measured: 1024 columns 70%, 4096 80%, 8192 95%).
 constexpr int64_t kWindowChunk = 8192;
+// Columns past the last one that may be read: as many as a vector has
+constexpr int64_t kWindowPad = 8;
 
 // The two passes over a window G (rows, dim), float32 or narrower storage, float64 arithmetic. See window_impl.h.
 struct WindowKernels {
@@ -17,7 +19,7 @@ struct WindowKernels {
   void (*widen)(const void* src, int64_t n, double* out);
   // out[i] = dtype(src[i]), to nearest even
   void (*narrow)(const double* src, int64_t n, void* out);
-  // dots[v, i] += sum_j G[i, j] x[v, j] for j < n;  x (k, kWindowChunk), zero past n;  dots (k, rows)
+  // dots[v, i] += sum_j G[i, j] x[v, j] for j < n;  x (k, kWindowChunk), zero in the pad past n;  dots (k, rows)
   void (*dots)(const void* window, int64_t stride, int64_t rows, int64_t n, const double* x, int64_t k, double* dots);
   // y[v, j] += sum_i c[v, i] G[i, j] for j < n;  c (k, rows);  y (k, kWindowChunk)
   void (*combine)(const void* window, int64_t stride, int64_t rows, int64_t n, const double* c, int64_t k, double* y);

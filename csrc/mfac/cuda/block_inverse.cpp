@@ -36,9 +36,9 @@ std::tuple<Tensor, Tensor> block_inverse_cuda(const Tensor& g, int64_t block_siz
     for (const int64_t dim : {1, 2}) last = torch::stable::narrow(last, dim, 0, rest);
     batches.push_back(last);
   }
-  if (batches.empty()) return {inverse, torch::stable::new_empty(g, {0}, ScalarType::Int)};
+  if (batches.empty()) return {inverse, new_tensor(g, {0}, ScalarType::Int)};
   device.check_launched(block_products(rows.on_device(), block_size, count, inverse.data_ptr(), device.stream()));
-  Tensor one_damping = torch::stable::new_empty(g, {1}, ScalarType::Double);
+  Tensor one_damping = new_tensor(g, {1}, ScalarType::Double);
   torch::stable::fill_(one_damping, damping);
   return {inverse, cholesky_inverse(batches, std::vector<Tensor>(batches.size(), one_damping))};
 }

@@ -10,16 +10,16 @@ namespace {
 
 DeviceRows device_rows(const char* op, const char* name, const Tensor& t) { return Rows(op, name, t).on_device(); }
 
-Tensor window_dots_cuda(const Tensor& window, const Tensor& x, int64_t block_size) {
+Tensor window_dots_cuda(const Tensor& window, const Tensor& x, const std::optional<int64_t>& block_size) {
   constexpr const char* op = "window_dots";
-  check_window_dots(op, window, x, block_size);
+  const int64_t width = check_window_dots(op, window, x, block_size);
   const DeviceRows g = device_rows(op, "window", window), v = device_rows(op, "x", x);
   const DeviceOf device(op, window);
   device.check_same("x", x);
-  const WindowCut cut = window_cut(g.dim, block_size, v.rows);
+  const WindowCut cut = window_cut(g.dim, width, v.rows);
   const Tensor dots = uninitialised(window, {cut.blocks, v.rows, g.rows}, ScalarType::Double);
   const Tensor partial = uninitialised(window, {dots.numel() * cut.segments}, ScalarType::Double);
-  device.check_launched(window_dots(g, v, block_size, doubles_of(partial), doubles_of(dots), device.stream()));
+  device.check_launched(window_dots(g, v, width, doubles_of(partial), doubles_of(dots), device.stream()));
   return dots;
 }
 
@@ -37,10 +37,10 @@ Tensor window_insert_cuda(const Tensor& window, const Tensor& state, const Tenso
   return dots;
 }
 
-Tensor window_combine_cuda(const Tensor& window, const Tensor& coefficients, int64_t block_size, double beta,
+Tensor window_combine_cuda(const Tensor& window, const Tensor& coefficients, const std::optional<int64_t>& block_size, double beta,
                            const std::optional<Tensor>& x, double alpha, ScalarType dtype) {
   constexpr const char* op = "window_combine";
-  check_window_combine(op, window, coefficients, block_size, x);
+  const int64_t width = check_window_combine(op, window, coefficients, block_size, x);
   const DeviceRows g = device_rows(op, "window", window);
   const DeviceOf device(op, window);
   device.check_same("coefficients", coefficients);
@@ -50,7 +50,7 @@ Tensor window_combine_cuda(const Tensor& window, const Tensor& coefficients, int
     device.check_same("x", *x);
     input = device_rows(op, "x", *x);
   }
-  device.check_launched(window_combine(g, static_cast<const double*>(coefficients.const_data_ptr()), block_size, beta, x ? &input : nullptr,
+  device.check_launched(window_combine(g, static_cast<const double*>(coefficients.const_data_ptr()), width, beta, x ? &input : nullptr,
                                        alpha, device_rows(op, "dtype", result), device.stream()));
   return result;
 }
