@@ -217,11 +217,7 @@ class Gatherer:
             if paired:
                 fisher.add_pairs(i, *pairs)
                 return
-        if first:
-            assert x is not None
-            alpha = size.weight / self.counting.accumulation_steps
-            fisher.add_inputs(i, lambda total, beta: layer.add_inputs(total, x, way.inputs(beta, alpha)))
-        positions = home.positions[layer]
+        positions = home.positions[layer]  # B first: the gradient is in the caches now, the input in none
         if home is self._newest[i] or i not in self._earlier:
             rescale = before / positions if first else 1.0
             alpha = scale / positions
@@ -230,6 +226,10 @@ class Gatherer:
             )
         else:
             layer.add_outputs(self._earlier[i], gradient, way.outputs(1.0, scale / positions))
+        if first:
+            assert x is not None
+            weight = size.weight / self.counting.accumulation_steps
+            fisher.add_inputs(i, lambda total, beta: layer.add_inputs(total, x, way.inputs(beta, weight)))
 
     def _begin_pass(self, i: int, current: Pass) -> None:
         self._count[i] += 1
