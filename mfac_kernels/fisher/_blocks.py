@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from mfac_kernels.fisher._cholesky import append_row, cholesky, diagonal_of, inverse_lower
+from mfac_kernels.fisher._cholesky import append_row, cholesky, diagonal_of, each_inverse_lower, inverse_lower, solve
 from mfac_kernels.fisher._rows import Rows
 from mfac_kernels.ops.static import block_gram, block_inverse
 from mfac_kernels.ops.window import window_combine
@@ -106,16 +106,17 @@ class DualBlocks:
 
     def ihvp(self, x: Tensor) -> Tensor:
         """x (k, dim) -> (k, dim)."""
-        weights = torch.cholesky_solve(self._rows.dots(x).mT, self._lower).mT
+        weights = solve(self._lower, self._rows.dots(x).mT).mT
         return self._rows.subtract(x, weights, self._damping)
 
     def diagonal(self) -> Tensor:
-        transform = inverse_lower(self._lower)
-        b, parts = self._rows.block_size, []
+        b, parts, last = self._rows.block_size, [], -1
+        transforms = each_inverse_lower(self._lower)
         for a, stop, page in self._rows.pages():
             for start in range(0, stop - a, b):
-                block = page[:, start : start + b]
-                parts.append(diagonal_of(block, transform[(a + start) // b], self._damping, self._ngrads))
+                if (a + start) // b > last:  # one block alone may be cut into pages
+                    transform, last = next(transforms), last + 1
+                parts.append(diagonal_of(page[:, start : start + b], transform, self._damping, self._ngrads))
         return torch.cat(parts)
 
     def elements(self, i: Tensor, j: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class DualBlocks:
         else:
             gram = gram_of(self._rows, free)
         lower = cholesky(gram, shift)
-        weights = torch.cholesky_solve(self._rows.dots(values).mT, lower).mT
+        weights = solve(lower, self._rows.dots(values).mT).mT
         return self._rows.subtract(torch.zeros_like(values), weights, 1.0)
 
     def append(self, g: Tensor) -> None:
@@ -197,8 +198,8 @@ def gram_of(rows: Rows, keep: Tensor | None = None) -> Tensor:
     else:
         pages = rows.compact_pages(keep)
     grams = [block_gram(page, width, double_precision=True) for width, page in pages]
-    gram = torch.cat(grams) if rows.block_count > 1 else sum(grams[1:], grams[0])
-    if not bool(gram.isfinite().all()):
+    gram = torch.cat(grams) if rows.block_count > 1 and len(grams) > 1 else sum(grams[1:], grams[0])
+    if not bool(gram.diagonal(dim1=1, dim2=2).isfinite().all()):  # |g_i . g_j| is at most what stands there
         raise ValueError("grads: expected finite values, got NaN or infinity")
     return gram
 

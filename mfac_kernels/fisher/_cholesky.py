@@ -1,29 +1,45 @@
-"""Float64 Cholesky factors of K = shift I + G G^T, in batches of blocks, for what is not a step."""
+"""Float64 Cholesky factors of K = shift I + G G^T, in batches of blocks, for what is not a step.
+
+The blocks of a network may take gigabytes: they are factored in place, and what else is needed of them is made of a few
+at a time.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from mfac_kernels.ops.cholesky import cholesky_factor_ex
 from mfac_kernels.ops.static import inverse_diagonal
 from mfac_kernels.ops.triangular import triangular_inverse_ex
 
+_GROUP_ELEMENTS = 1 << 22  # what is made of a few blocks, or columns, at a time
+
+
+def _groups(blocks: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few blocks (m, m) at a time, and memory for as many results, the same every time."""
+    parts = torch.split(blocks, max(1, _GROUP_ELEMENTS // max(1, blocks.shape[1] * blocks.shape[2])))
+    memory = torch.empty_like(parts[0])
+    for part in parts:
+        yield part, memory[: len(part)]
+
 
 def cholesky(gram: Tensor, shift: float) -> Tensor:
-    """L L^T = shift I + gram for each block -> (blocks, m, m). Of ``gram`` the lower triangle is read.
+    """``gram`` (blocks, m, m) <- L of L L^T = shift I + gram for each block. Of ``gram`` the lower triangle is read.
 
     A gram that rounding has made indefinite beyond the shift is replaced by the nearest one that is not: its negative
     eigenvalues are set to zero.
     """
-    shifted = gram.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_(shift)
-    lower: Tensor
-    lower, info = torch.linalg.cholesky_ex(shifted)
-    # No Schur complement of shift I + gram is below shift if gram is positive semidefinite.
-    lost = lower.diagonal(dim1=1, dim2=2).square().lt(shift / 2).any(1) | (info != 0)
-    for k in lost.nonzero()[:, 0].tolist():
-        lower[k] = _projected(gram[k], shift)
-    return lower
+    for group, lower in _groups(gram):
+        _, info = cholesky_factor_ex(group, shift, out=lower)
+        # No Schur complement of shift I + gram is below shift if gram is positive semidefinite.
+        lost = lower.diagonal(dim1=1, dim2=2).square().lt(shift / 2).any(1) | (info != 0)
+        for k in lost.nonzero()[:, 0].tolist():
+            lower[k] = _projected(group[k], shift)
+        group.copy_(lower)
+    return gram
 
 
 def _projected(gram: Tensor, shift: float) -> Tensor:
@@ -50,13 +66,27 @@ def append_row(lower: Tensor, dots: Tensor, shift: float) -> Tensor:
     return grown
 
 
+def solve(lower: Tensor, b: Tensor) -> Tensor:
+    """(L L^T)^-1 b for each block: b (blocks, m, k)."""
+    half = torch.linalg.solve_triangular(lower, b, upper=False)
+    solution: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return solution
+
+
 def inverse_lower(lower: Tensor) -> Tensor:
     """L^-1 for each block."""
     return triangular_inverse_ex(lower)[0]
 
 
+def each_inverse_lower(lower: Tensor) -> Iterator[Tensor]:
+    """L^-1 of one block after the other, each until the next is asked for."""
+    for group, inverse in _groups(lower):
+        yield from triangular_inverse_ex(group, out=inverse)[0]
+
+
 def diagonal_of(grads: Tensor, transform: Tensor, damping: float, n: int) -> Tensor:
     """diag(F^-1) (d,) for grads (m, d) and L^-1 (m, m), held to its bound 1 / F_jj, which rounding could cross."""
     diagonal = inverse_diagonal(grads, transform, damping)
-    norms = torch.linalg.vector_norm(grads, dim=0, dtype=diagonal.dtype)
-    return torch.maximum(diagonal, 1 / (damping + norms.square() / n))
+    width = max(1, _GROUP_ELEMENTS // max(1, len(grads)))
+    squares = torch.cat([part.to(diagonal.dtype).square().sum(0) for part in torch.split(grads, width, dim=1)])
+    return torch.maximum(diagonal, 1 / (damping + squares / n))

@@ -115,6 +115,24 @@ def test_pages_change_nothing(block_size, page_size, keep_vectors, gradients, de
                 assert error(got, want) <= 1e-12
 
 
+@pytest.mark.parametrize("elements", [1, 250, 400])
+@pytest.mark.parametrize("page_size", [None, 26])
+@pytest.mark.parametrize("block_size", [None, 13])
+def test_groups_of_blocks_change_nothing(block_size, page_size, elements, gradients, device, monkeypatch):
+    """Wide blocks are factored, and their factors inverted, a few at a time; two of them rounding leaves singular."""
+    m, d = 11, 67
+    g, x = gradients(m, d, norm=3.0).to(device), gradients(3, d, seed=1).to(device)
+    g[:, 13:26], g[:, 52:65] = g[:1, 13:26], 100 * g[:1, 52:65]
+
+    def query() -> list[Tensor]:
+        return everything(mk.StaticFisher(g, 1e-16, block_size=block_size, page_size=page_size), x.double())
+
+    want = query()
+    monkeypatch.setattr("mfac_kernels.fisher._cholesky._GROUP_ELEMENTS", elements)
+    for got, expected in zip(query(), want, strict=True):
+        assert bool(got.isfinite().all()) and error(got, expected) <= 1e-12
+
+
 @pytest.mark.parametrize("page_size", [1, 2, 5, 6, 100])
 @pytest.mark.parametrize("block_size", [None, 6, 100])
 def test_pages_do_not_cut_a_narrow_block(block_size, page_size, gradients, device):
