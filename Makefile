@@ -20,7 +20,7 @@ help:
 	@echo 'make demo      build, then train on CIFAR-10 with SGD, Adam, M-FAC and K-FAC: runs/demo'
 	@echo 'make test      build, then run the tests'
 	@echo 'make bench     build, then run the benchmarks; RECORD=dir: results.json and results.md there, by family'
-	@echo 'make record    the same beside all peers, and growth, accuracy, pruning: benchmarks/results/cpu as this machine has it'
+	@echo 'make record    the same beside all peers, and growth, accuracy, calls, steps, pruning: benchmarks/results/cpu as this machine has it'
 	@echo 'make bench-compare OLD=file NEW=file  what moved between two such results.json'
 	@echo 'make paper-fig1  SGD and four kinds of K-FAC on CIFAR-10: benchmarks/results/fig1.*'
 	@echo 'make paper-twolevel  K-FAC and its coarse corrections on four problems: benchmarks/results/twolevel.*'
@@ -106,7 +106,7 @@ bench: $(stamp) $(stamp)-test
 record: results := benchmarks/results/cpu
 record: $(stamp) $(stamp)-bench $(stamp)-peers
 	$(bin)/pytest benchmarks --record $(results)
-	for program in growth kronecker_accuracy; do $(bin)/python benchmarks/$$program.py $(results) || exit; done
+	for program in growth kronecker_accuracy calls kfac_step; do $(bin)/python benchmarks/$$program.py $(results) || exit; done
 	for program in kronecker_layers pruning_cost; do $(bin)/python benchmarks/$$program.py --out $(results) || exit; done
 	$(bin)/python benchmarks/cholesky_real_factors.py --out $(results)/cholesky_real_factors.md
 
