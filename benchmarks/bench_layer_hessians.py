@@ -5,8 +5,9 @@ factor of an inverse, n^3 / 3 for the inverse of a triangle. MB: the most that a
 arguments, its result included: resident memory of a process of its own, or on a GPU what torch's allocator counts.
 
     python benchmarks/bench_layer_hessians.py --contender "in place" --size 28672
+    python benchmarks/bench_layer_hessians.py --out benchmarks/results/cpu/layer_hessians
 
-is one call in a process of its own, its error and what it took.
+is such a call, with its error and what it took; and a table of them, calls.md, which takes half an hour.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from ceilings import Bound
 from peak_memory import watch
+from provenance import made
 from torch import Tensor
 
 from mfac_kernels import ops
 
 SIZES = [768, 2048, 4096, 8192]
+LARGEST = 28672  # of a layer of Llama 2 70B
 TOKENS = 2048  # of one sequence
 EXPERTS, ROUTED = 8, 4096
 
@@ -85,14 +89,27 @@ def measure(name: str, h: Tensor) -> dict[str, float]:
     return {"MB": megabytes, "seconds": seconds, "CPU seconds": cpu_seconds, "error": error}
 
 
-def peaks(n: int, device: str) -> dict[str, float]:
-    """On the CPU in a process each: what the allocator has kept of freed memory would not show."""
-    if device == "cuda":
-        return {name: measure(name, hessian(n, device))["MB"] for name in FACTORS}
-    commands = {name: [sys.executable, __file__, "--contender", name, "--size", str(n)] for name in FACTORS}
+def alone(name: str, n: int) -> dict[str, float]:
+    """:func:`measure` in a process whose allocator keeps nothing that was freed: it would not show."""
+    command = [sys.executable, __file__, "--contender", name, "--size", str(n)]
     unkept = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    runs = {name: subprocess.run(c, env=unkept, capture_output=True, check=True).stdout for name, c in commands.items()}
-    return {name: json.loads(out)["MB"] for name, out in runs.items()}
+    found: dict[str, float] = json.loads(subprocess.run(command, env=unkept, capture_output=True, check=True).stdout)
+    return found
+
+
+def peaks(n: int, device: str) -> dict[str, float]:
+    found = {name: measure(name, hessian(n, device)) if device == "cuda" else alone(name, n) for name in FACTORS}
+    return {name: row["MB"] for name, row in found.items()}
+
+
+def table_of(rows: list[tuple[str, int, dict[str, float]]]) -> str:
+    lines = ["# Factors of inverses, a call in a process each", ""]
+    lines += [f"- {key}: {value}" for key, value in made().items()]
+    lines += ["", "In place: the Hessian's memory is the factor's. Error: |U^T U H v - v| / |v|.", ""]
+    lines += ["| n | | CPU seconds | MB beside the Hessian | error |", "|---|---|---|---|---|"]
+    for name, n, row in rows:
+        lines.append(f"| {n:,} | {name} | {row['CPU seconds']:.3f} | {row['MB']:,.1f} | {row['error']:.1e} |")
+    return "\n".join([*lines, ""])
 
 
 def assert_close(got: Tensor, want: Tensor, tolerance: float) -> None:
@@ -207,8 +224,12 @@ def test_model(race, device, rows):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--contender", choices=FACTORS, required=True)
-    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--contender", choices=FACTORS)
+    parser.add_argument("--size", type=int)
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    h = hessian(options.size, "cpu", TOKENS)
-    print(json.dumps({"contender": options.contender, "n": options.size} | measure(options.contender, h)))
+    if options.out:
+        calls = [(name, n, alone(name, n)) for n in [*SIZES, LARGEST] for name in FACTORS]
+        (options.out / "calls.md").write_text(table_of(calls))
+    else:
+        print(json.dumps(measure(options.contender, hessian(options.size, "cpu", TOKENS))))

@@ -154,7 +154,8 @@ def refused(contender: str, d: int, m: int, block: int | None, dtype: str, limit
     elif size <= m:
         extra += (4 if contender.startswith("ours") else 12) * d * size + (4 * m * d if contender[0] == "p" else 0)
     else:
-        extra += 24 * m * m * -(-d // size) + (12 * m * size if contender[0] == "p" else 0)
+        matrices = {"ours": 1, "ours, joint": 3, "plain torch": 2}[contender]
+        extra += 8 * matrices * m * m * -(-d // size) + (12 * m * size if contender[0] == "p" else 0)
     if held + extra > limits.memory * 2**30:
         return f"needs {(held + extra) / 1e9:.0f} GB"
     if contender == "recursion" and (seconds := m * m * d * 4 / BANDWIDTH) > limits.seconds:
