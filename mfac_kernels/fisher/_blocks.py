@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from mfac_kernels.fisher._cholesky import append_row, cholesky, diagonal_of, each_inverse_lower, inverse_lower, solve
+from mfac_kernels.fisher._cholesky import append_row, bounded, cholesky, each_inverse_lower, inverse_lower, solve
 from mfac_kernels.fisher._rows import Rows
-from mfac_kernels.ops.static import block_gram, block_inverse
+from mfac_kernels.ops.static import block_gram, block_inverse, inverse_diagonal
 from mfac_kernels.ops.window import window_combine
 
 
@@ -113,10 +113,12 @@ class DualBlocks:
         b, parts, last = self._rows.block_size, [], -1
         transforms = each_inverse_lower(self._lower)
         for a, stop, page in self._rows.pages():
+            entries = []
             for start in range(0, stop - a, b):
                 if (a + start) // b > last:  # one block alone may be cut into pages
                     transform, last = next(transforms), last + 1
-                parts.append(diagonal_of(page[:, start : start + b], transform, self._damping, self._ngrads))
+                entries.append(inverse_diagonal(page[:, start : start + b], transform, self._damping))
+            parts.append(bounded(torch.cat(entries), page, self._damping, self._ngrads))
         return torch.cat(parts)
 
     def elements(self, i: Tensor, j: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mfac_kernels.ops.cholesky import cholesky_factor_ex
-from mfac_kernels.ops.static import inverse_diagonal
 from mfac_kernels.ops.triangular import triangular_inverse_ex
 
 _GROUP_ELEMENTS = 1 << 22  # what is made of a few blocks, or columns, at a time
@@ -84,9 +83,8 @@ def each_inverse_lower(lower: Tensor) -> Iterator[Tensor]:
         yield from triangular_inverse_ex(group, out=inverse)[0]
 
 
-def diagonal_of(grads: Tensor, transform: Tensor, damping: float, n: int) -> Tensor:
-    """diag(F^-1) (d,) for grads (m, d) and L^-1 (m, m), held to its bound 1 / F_jj, which rounding could cross."""
-    diagonal = inverse_diagonal(grads, transform, damping)
+def bounded(diagonal: Tensor, grads: Tensor, damping: float, n: int) -> Tensor:
+    """diag(F^-1) (d,) for grads (m, d), held to its bound 1 / F_jj, which rounding could cross."""
     width = max(1, _GROUP_ELEMENTS // max(1, len(grads)))
     squares = torch.cat([part.to(diagonal.dtype).square().sum(0) for part in torch.split(grads, width, dim=1)])
     return torch.maximum(diagonal, 1 / (damping + squares / n))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mfac_kernels import ops
 from mfac_kernels.fisher import _checks
-from mfac_kernels.fisher._cholesky import cholesky, diagonal_of, inverse_lower
+from mfac_kernels.fisher._cholesky import bounded, cholesky, inverse_lower
 from mfac_kernels.fisher._state import check_entries, check_like, copy_into
 
 
@@ -152,7 +152,8 @@ class FisherWindow:
         held = min(self.seen, self.ngrads)
         n = self.ngrads if self.normalize == "ngrads" else max(1, held)
         lower = cholesky(self._gram(held)[None], self.damping * n)
-        return diagonal_of(self.window[:held], inverse_lower(lower)[0], self.damping, n)
+        grads = self.window[:held]
+        return bounded(ops.inverse_diagonal(grads, inverse_lower(lower)[0], self.damping), grads, self.damping, n)
 
     def element(self, i: int, j: int) -> Tensor:
         """[F^-1]_ij, a 0-dimensional float64 tensor, in O(m^2)."""
