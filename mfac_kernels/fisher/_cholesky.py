@@ -86,5 +86,7 @@ def each_inverse_lower(lower: Tensor) -> Iterator[Tensor]:
 def bounded(diagonal: Tensor, grads: Tensor, damping: float, n: int) -> Tensor:
     """diag(F^-1) (d,) for grads (m, d), held to its bound 1 / F_jj, which rounding could cross."""
     width = max(1, _GROUP_ELEMENTS // max(1, len(grads)))
-    squares = torch.cat([part.to(diagonal.dtype).square().sum(0) for part in torch.split(grads, width, dim=1)])
+    squares = torch.empty_like(diagonal)
+    for part, norms in zip(torch.split(grads, width, dim=1), torch.split(squares, width), strict=True):
+        torch.sum(part.to(diagonal.dtype).square(), 0, out=norms)
     return torch.maximum(diagonal, 1 / (damping + squares / n))
