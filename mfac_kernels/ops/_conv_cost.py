@@ -15,13 +15,20 @@ an element for the lags counts as 150.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from mfac_kernels._library import build_info
 from mfac_kernels.ops._geometry import Geometry
 from mfac_kernels.ops._lags_form import slots
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _FLOPS_PER_BYTE, _FLOPS_PER_PACKED = 12, 150
 # Of a kernel that is compressed: what a lag costs beside its sums grows with the square of their number.
@@ -46,6 +53,20 @@ def _smooth(n: int) -> int:
 def runs_on(x: Tensor) -> bool:
     """Whether all three ways exist where x is."""
     return x.device.type == "cpu" and not _SIMT
+
+
+def cached(
+    choose: Callable[Concatenate[tuple[int, ...], P], R],
+) -> Callable[Concatenate[tuple[int, ...], P], R]:
+    """``choose(shape, ...)``, once for the same arguments; anew where a graph is traced, of sizes that are symbols."""
+    once = functools.lru_cache(1024)(choose)
+
+    def chosen(shape: tuple[int, ...], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling() or not all(type(size) is int for size in shape):
+            return choose(shape, *args, **kwargs)
+        return once(shape, *args, **kwargs)  # type: ignore[arg-type]  # of hashable arguments
+
+    return chosen
 
 
 def of(shape: tuple[int, ...], geometry: Geometry, groups: int, *, expanded: bool) -> dict[str, float]:

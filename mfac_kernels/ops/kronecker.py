@@ -21,7 +21,6 @@ architectures", NeurIPS 2023 (expand, reduce).
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Concatenate, ParamSpec, TypeVar
@@ -76,7 +75,7 @@ def linear_factor_(
     count = 1 if offsets is None else max(0, offsets.numel() - 1)
     flag = _flag(factor, check_finite, count)
     (before, betas), (added, alphas) = _scale(beta), _scale(alpha)
-    _ops.linear_factor_(factor, x, weights, bias, before, added, flag, _allow_tf32(x), offsets, betas, alphas)
+    _ops.linear_factor_(factor, x, weights, bias, before, added, flag, _allow_tf32(), offsets, betas, alphas)
     return flag
 
 
@@ -108,7 +107,7 @@ def grouped_linear_factor_(
     of_each = [bias] * count if isinstance(bias, bool) else list(bias)
     rows = [None] * count if weights is None else list(weights)
     _ops.grouped_linear_factor_(
-        list(factors), list(xs), rows, of_each, before, added, flag, bool(xs) and _allow_tf32(xs[0]), betas, alphas
+        list(factors), list(xs), rows, of_each, before, added, flag, _allow_tf32(), betas, alphas
     )
     return flag
 
@@ -165,7 +164,7 @@ def conv_factor_(
         _ops.conv_expand_(factor, state, *geometry.form, groups, bias, beta, alpha)
         return None
     flag = _flag(factor, check_finite)
-    _ops.conv_factor_(factor, x, *geometry, groups, bias, sua, reduce, beta, alpha, flag, _allow_tf32(x))
+    _ops.conv_factor_(factor, x, *geometry, groups, bias, sua, reduce, beta, alpha, flag, _allow_tf32())
     return flag
 
 
@@ -196,7 +195,7 @@ def _way(
     return _fastest(tuple(x.shape), Geometry(*map(tuple, geometry)), groups)
 
 
-@functools.lru_cache(1024)
+@_conv_cost.cached
 def _fastest(shape: tuple[int, ...], geometry: Geometry, groups: int) -> str:
     cost = _conv_cost.of(shape, geometry, groups, expanded=True)
     return min(cost, key=cost.__getitem__)
@@ -238,8 +237,8 @@ def cross_factor(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     return product
 
 
-def _allow_tf32(x: Tensor) -> bool:
-    return x.is_cuda and bool(torch.backends.cuda.matmul.allow_tf32)
+def _allow_tf32() -> bool:
+    return bool(torch.backends.cuda.matmul.allow_tf32)
 
 
 def _scale(value: Scale) -> tuple[float, Tensor | None]:

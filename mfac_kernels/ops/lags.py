@@ -15,8 +15,6 @@ multiplied in float32. A convolution over one dimension is one over images of he
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -75,7 +73,7 @@ def conv2d_lags_(
     return flag
 
 
-@functools.lru_cache(1024)
+@_conv_cost.cached
 def _frequencies_are_faster(shape: tuple[int, ...], dtype: torch.dtype, geometry: Geometry, groups: int) -> bool:
     """Of an input's shape and dtype; what the op refuses is refused in its words, before the costs see it."""
     x = torch.empty(shape, dtype=dtype, device="meta")

@@ -26,6 +26,7 @@ def test_opcheck(dtype, fft, device):
     torch.library.opcheck(torch.ops.mfac_kernels.conv_expand_.default, (factor, state, *conv.form, 2, True, 0.5, 2.0))
 
 
+@pytest.mark.filterwarnings("error:Dynamo detected")  # what a graph cannot see: a cache
 def test_compiles_to_one_graph(device):
     def step(factor: Tensor, state: Tensor, x: Tensor) -> None:
         ops.conv2d_lags_(state, x, 3, padding=1, beta=0.9, alpha=0.1)
