@@ -26,6 +26,8 @@ def check(condition: bool, message: str) -> None:
 
 
 def shape_text(shape: Sequence[int]) -> str:
+    if torch.compiler.is_compiling():
+        return "(...)"  # sizes may be symbols, which a graph cannot spell
     return f"({', '.join(map(str, shape))}{',)' if len(shape) == 1 else ')'}"
 
 

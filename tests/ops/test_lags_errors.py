@@ -27,13 +27,15 @@ def test_opcheck(dtype, fft, device):
 
 
 @pytest.mark.filterwarnings("error:Dynamo detected")  # what a graph cannot see: a cache
-def test_compiles_to_one_graph(device):
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic, device):
     def step(factor: Tensor, state: Tensor, x: Tensor) -> None:
         ops.conv2d_lags_(state, x, 3, padding=1, beta=0.9, alpha=0.1)
         ops.conv2d_expand_(factor, state, 3, padding=1)
 
     x = random((2, 4, 6, 6), torch.float32, 0).to(device)
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     factors = [torch.zeros(36, 36, device=device) for _ in range(2)]
     states = [torch.zeros(1, 29 * 16, device=device) for _ in range(2)]
     step(factors[0], states[0], x)
