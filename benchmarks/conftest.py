@@ -2,7 +2,7 @@
 
 Only ratios mean anything on a machine whose speed drifts, and only between figures taken in turns. A benchmark first
 verifies the results that it is about to time. `pytest benchmarks --record DIR` writes results.json and results.md
-of each bench_FAMILY.py into DIR/FAMILY.
+of each bench_FAMILY.py into DIR/FAMILY, and results.png where matplotlib is.
 
 On the CPU ours is timed through pytest-benchmark, and the bound of what it does (ceilings.py) is measured in turns too.
 `--device cuda` runs the benchmarks that take the fixture `device`, timed by CUDA events with cold caches, and sets
@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pytest
 import torch
 from ceilings import Bound, table
 from cuda_timing import Timer, copy_bandwidth
+from plots import plot
 from provenance import commit
 
 import mfac_kernels as mk
@@ -194,4 +196,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             out = Path(folder) / family
             out.mkdir(parents=True, exist_ok=True)
             (out / "results.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+            if find_spec("matplotlib"):
+                plot(rows, out / "results.png")
+                lines += ["", "![ratios and shares](results.png)"]
             (out / "results.md").write_text("\n".join([*head, "", *lines, ""]))

@@ -149,7 +149,9 @@ def write(results: Path, facts: dict[str, Any], outcomes: list[dict[str, Any]]) 
     lines += ["", "| phase | outcome | seconds |", "|---|---|---|"]
     lines += [f"| {one['phase']} | {one['outcome']} | {one['seconds']} |" for one in outcomes]
     for record in records:
-        lines += ["", f"## {record.parent.name}", "", record.with_suffix(".md").read_text().strip()]
+        table = record.with_suffix(".md").read_text().strip()
+        at = record.parent.relative_to(results)
+        lines += ["", f"## {record.parent.name}", "", table.replace("(results.png)", f"({at}/results.png)")]
     if not records:
         lines += ["", "benchmarks: not measured"]
     (results / "gpu.md").write_text("\n".join(lines).rstrip() + "\n")
