@@ -23,8 +23,9 @@ inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes, 
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device_type, device_index, &made));
+  const auto error =
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), type, device_type, device_index, &made);
+  check(error == AOTI_TORCH_SUCCESS, "not enough memory for the result");
   return Tensor(made);
 }
 

@@ -245,6 +245,11 @@ def test_non_finite_blocks(n, value, device, instruction_set):
     assert ops.block_inverse(g, n, float("nan"), 10.0)[1].tolist() == [-1] * 5
 
 
+def test_a_result_that_no_memory_holds(device):
+    with pytest.raises(RuntimeError, match="not enough memory for the result"):
+        ops.block_inverse(torch.ones(1, 1, device=device), 1 << 31, 1.0, 1.0)
+
+
 def test_overflow_is_not_finite(device, instruction_set):
     g = torch.full((2, 6), 3e19, device=device)
     assert ops.block_inverse(g, 3, 1.0, 1.0)[1].tolist() == [-1, -1]
