@@ -109,6 +109,7 @@ record: $(stamp) $(stamp)-bench $(stamp)-peers
 	for program in growth kronecker_accuracy calls kfac_step; do $(bin)/python benchmarks/$$program.py $(results) || exit; done
 	for program in kronecker_layers pruning_cost; do $(bin)/python benchmarks/$$program.py --out $(results) || exit; done
 	$(bin)/python benchmarks/cholesky_real_factors.py --out $(results)/cholesky_real_factors.md
+	$(bin)/python benchmarks/bench_layer_hessians.py --out $(results)/layer_hessians
 
 bench-compare:
 	$(PYTHON) benchmarks/compare.py $(OLD) $(NEW)

@@ -56,15 +56,16 @@ def runs_on(x: Tensor) -> bool:
 
 
 def cached(
-    choose: Callable[Concatenate[tuple[int, ...], P], R],
-) -> Callable[Concatenate[tuple[int, ...], P], R]:
-    """``choose(shape, ...)``, once for the same arguments; anew where a graph is traced, of sizes that are symbols."""
+    choose: Callable[Concatenate[tuple[int, ...], Geometry, P], R],
+) -> Callable[Concatenate[Tensor, Geometry, P], R]:
+    """``choose(x.shape, geometry, ...)`` of x, once for the same; anew in a graph, whose sizes may be symbols."""
     once = functools.lru_cache(1024)(choose)
 
-    def chosen(shape: tuple[int, ...], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def chosen(x: Tensor, geometry: Geometry, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        shape, fixed = tuple(x.shape), Geometry(*map(tuple, geometry))
         if torch.compiler.is_compiling() or not all(type(size) is int for size in shape):
-            return choose(shape, *args, **kwargs)
-        return once(shape, *args, **kwargs)  # type: ignore[arg-type]  # of hashable arguments
+            return choose(shape, fixed, *args, **kwargs)
+        return once(shape, fixed, *args, **kwargs)  # type: ignore[arg-type]  # of hashable arguments
 
     return chosen
 

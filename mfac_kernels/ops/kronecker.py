@@ -192,7 +192,7 @@ def _way(
     _lags_form.check_offsets("conv_factor_", geometry)
     if algorithm != "auto":
         return algorithm
-    return _fastest(tuple(x.shape), Geometry(*map(tuple, geometry)), groups)
+    return _fastest(x, geometry, groups)
 
 
 @_conv_cost.cached
@@ -243,7 +243,7 @@ def _allow_tf32() -> bool:
 
 def _scale(value: Scale) -> tuple[float, Tensor | None]:
     """The number, and the values that take its place."""
-    if isinstance(value, float) or not isinstance(value, Tensor):
+    if isinstance(value, float) or not isinstance(value, Tensor):  # what is a tensor takes longer to tell
         return value, None
     return 1.0, value.to(torch.float64).contiguous()
 

@@ -68,13 +68,13 @@ def conv2d_lags_(
     flag = _flag(state, check_finite)
     fft = algorithm == "fft"
     if algorithm == "auto" and _conv_cost.runs_on(x):
-        fft = _frequencies_are_faster(tuple(x.shape), x.dtype, Geometry(*map(tuple, geometry)), groups)
+        fft = _frequencies_are_faster(x, geometry, x.dtype, groups)
     _ops.conv_lags_(state, x, *geometry.form, groups, bias, fft, beta, alpha, flag)
     return flag
 
 
 @_conv_cost.cached
-def _frequencies_are_faster(shape: tuple[int, ...], dtype: torch.dtype, geometry: Geometry, groups: int) -> bool:
+def _frequencies_are_faster(shape: tuple[int, ...], geometry: Geometry, dtype: torch.dtype, groups: int) -> bool:
     """Of an input's shape and dtype; what the op refuses is refused in its words, before the costs see it."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     _kronecker_fakes.check_conv("conv_lags_", x, geometry, groups)

@@ -8,6 +8,8 @@
 // chunk of X or Y stays in L2; elements are widened to float64 in registers. At DRAM speed the float64 arithmetic costs nothing, and
 // it is what lets F^-1 x = (x - G^T K^-1 G x) / damping keep its digits through the subtraction.
 
+static_assert(kLanes <= kWindowPad);
+
 // kRows x kVectors dot products over n columns. `ahead` rows further down are prefetched.
 template <class T, int kRows, int kVectors>
 MFAC_INLINE void dots_tile(const T* g, int64_t stride, int64_t n, const double* x, double* dots, int64_t rows, int64_t ahead) {
