@@ -143,6 +143,27 @@ MFAC_INLINE f64v widen(const float* p) { return widen(load<f32h>(p)); }
 MFAC_INLINE f64v widen(const bf16* p) { return widen(bit_cast<f32h>(widen(load<u16q>(p)) << 16)); }
 MFAC_INLINE f64v widen(const fp16* p) { return widen(half_to_float(load<u16q>(p))); }
 
+// Several vectors of neighbours
+template <class T, int n>
+MFAC_INLINE void widen_all(const T* p, f64v (&out)[n]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < n; ++i) out[i] = widen(p + i * kLanes);
+}
+#if MFAC_ISA_LEVEL == 1
+// Two vectors at a time: a zero below each element is what one instruction puts there.
+template <int n>
+  requires(n % 2 == 0)
+MFAC_INLINE void widen_all(const bf16* p, f64v (&out)[n]) {
+  typedef uint16_t u16h __attribute__((vector_size(16)));
+#pragma GCC unroll 4
+  for (int i = 0; i < n; i += 2) {
+    const u16h x = load<u16h>(p + i * kLanes), zero = {};
+    out[i] = widen(bit_cast<f32h>(__builtin_shufflevector(zero, x, 0, 8, 1, 9, 2, 10, 3, 11)));
+    out[i + 1] = widen(bit_cast<f32h>(__builtin_shufflevector(zero, x, 4, 12, 5, 13, 6, 14, 7, 15)));
+  }
+}
+#endif
+
 // ---- widen32: kLanes elements of float32 or narrower to float32, exactly ---------------------------------------------------------
 
 MFAC_INLINE f32h widen32(const float* p) { return load<f32h>(p); }

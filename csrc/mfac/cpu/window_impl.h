@@ -10,24 +10,51 @@
 
 static_assert(kLanes <= kWindowPad);
 
+// Vectors of columns taken at a time: of one x a whole line of the cache in float32, for which one prefetch is then enough; of four as many
+// as leave their sums in registers.
+template <int kVectors>
+constexpr int kStepVectors = kVectors == 1 ? 16 / kLanes : 3;
+
+template <class T, int kCount>
+MFAC_INLINE void prefetch_step(const T* p) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kCount * kLanes; i += 64 / sizeof(T)) prefetch(p + i);
+}
+
 // kRows x kVectors dot products over n columns. `ahead` rows further down are prefetched.
 template <class T, int kRows, int kVectors>
 MFAC_INLINE void dots_tile(const T* g, int64_t stride, int64_t n, const double* x, double* dots, int64_t rows, int64_t ahead) {
+  constexpr int kCount = kStepVectors<kVectors>;
   f64v sum[kRows][kVectors] = {};
   int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    f64v xv[kVectors];
+  const auto step = [&]<int kTogether>() {
+    f64v xv[kVectors][kTogether];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) xv[v] = load<f64v>(x + v * kWindowChunk + j);
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 4
+      for (int q = 0; q < kTogether; ++q) xv[v][q] = load<f64v>(x + v * kWindowChunk + j + q * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const T* p = g + r * stride + j;
-      prefetch(p + ahead);
-      const f64v gv = widen(p);
+      f64v gv[kTogether];
+      widen_all(g + r * stride + j, gv);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += gv * xv[v];
+      for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 4
+        for (int q = 0; q < kTogether; ++q) sum[r][v] += gv[q] * xv[v][q];
+    }
+    j += kTogether * kLanes;
+  };
+  while (j + kCount * kLanes <= n) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) prefetch_step<T, kCount>(g + r * stride + j + ahead);
+    if constexpr (kVectors == 1) {
+      step.template operator()<kCount>();
+    } else {
+#pragma GCC unroll 4
+      for (int q = 0; q < kCount; ++q) step.template operator()<1>();
     }
   }
+  while (j + kLanes <= n) step.template operator()<1>();
   if (j < n) {  // X is zero past n
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -65,23 +92,35 @@ void dots(const void* window, int64_t stride, int64_t rows, int64_t n, const dou
 
 template <class T, int kRows, int kVectors>
 MFAC_INLINE void combine_tile(const T* g, int64_t stride, int64_t n, const double* c, int64_t rows, double* y, int64_t ahead) {
+  constexpr int kCount = kStepVectors<kVectors>;
   int64_t j = 0;
-  for (; j + kLanes <= n; j += kLanes) {
-    f64v gv[kRows];
+  const auto step = [&]<int kTogether>() {
+    f64v sum[kVectors][kTogether];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 4
+      for (int q = 0; q < kTogether; ++q) sum[v][q] = load<f64v>(y + v * kWindowChunk + j + q * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const T* p = g + r * stride + j;
-      prefetch(p + ahead);
-      gv[r] = widen(p);
+      f64v gv[kTogether];
+      widen_all(g + r * stride + j, gv);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 4
+        for (int q = 0; q < kTogether; ++q) sum[v][q] += c[v * rows + r] * gv[q];
     }
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      f64v sum = load<f64v>(y + v * kWindowChunk + j);
+    for (int v = 0; v < kVectors; ++v)
+#pragma GCC unroll 4
+      for (int q = 0; q < kTogether; ++q) store(y + v * kWindowChunk + j + q * kLanes, sum[v][q]);
+    j += kTogether * kLanes;
+  };
+  while (j + kCount * kLanes <= n) {
 #pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) sum += c[v * rows + r] * gv[r];
-      store(y + v * kWindowChunk + j, sum);
-    }
+    for (int r = 0; r < kRows; ++r) prefetch_step<T, kCount>(g + r * stride + j + ahead);
+    step.template operator()<kCount>();
   }
+  while (j + kLanes <= n) step.template operator()<1>();
   if (j < n) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -102,7 +141,7 @@ void combine(const void* window, int64_t stride, int64_t rows, int64_t n, const 
 }
 
 template <class T>
-void widen_all(const void* src, int64_t n, double* out) {
+void widen_row_of(const void* src, int64_t n, double* out) {
   const T* p = static_cast<const T*>(src);
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) store(out + j, widen(p + j));
@@ -119,7 +158,7 @@ void narrow_all(const double* src, int64_t n, void* out) {
 
 template <class T>
 constexpr WindowKernels window_kernels_of() {
-  return {widen_all<T>, narrow_all<T>, dots<T>, combine<T>};
+  return {widen_row_of<T>, narrow_all<T>, dots<T>, combine<T>};
 }
 constexpr WindowKernels kWindowKernels[kDTypes] = {window_kernels_of<float>(), window_kernels_of<double>(), window_kernels_of<bf16>(),
                                                    window_kernels_of<fp16>()};
