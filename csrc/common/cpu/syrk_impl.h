@@ -5,7 +5,8 @@
 //
 // Floor: half of a matrix product's flops, m (m + 1) d. Both keep kDotRows x kDotColumns, or kTileRows x 2, vectors of sums in
 // registers, so that two loads feed each pair of multiply-adds; operands are copied next to each other first, padded with zeros and
-// converted, hence no kernel knows strides, 16-bit types or ragged ends.
+// converted, hence no kernel knows strides, 16-bit types or ragged ends. Loops are unrolled: where two threads share a core they also
+// share what decodes instructions, and those of the loop itself are then an eighth of the time.
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -54,6 +55,7 @@ template <class S>
 __attribute__((noinline)) void dot_tile(const S* a, const S* b, int64_t columns, double* sums) {
   using V = Vec<S>;
   V sum[kDotSums<S>] = {};
+#pragma GCC unroll 4
   for (int64_t k = 0; k < columns; k += kLanesOf<S>) {
     V y[kDotColumns];
 #pragma GCC unroll 4
@@ -81,9 +83,23 @@ constexpr int kTileRows = MFAC_ISA_LEVEL == 2 ? 8 : 4;  // rows computed at a ti
 template <class S, int kVectors>
 constexpr int kStripRows = kVectors == 1 && MFAC_ISA_LEVEL > 0 ? kLanesOf<S> : kTileRows;
 
+// body<rows>(first row) for the strips of a whole tile. With AVX2 they are not of kTileRows, a power of two, but as high as registers
+// allow: a core that runs a second thread has latencies to hide.
+template <class S, class Body>
+MFAC_INLINE void for_each_strip(const Body& body) {
+  if constexpr (MFAC_ISA_LEVEL == 1 && kTile<S> == 16) {
+    body.template operator()<6>(0);
+    body.template operator()<5>(6);
+    body.template operator()<5>(11);
+  } else {
+    for (int64_t r = 0; r < kTile<S>; r += kTileRows) body.template operator()<kTileRows>(r);
+  }
+}
+
 // sum[r][v] += sum_k a[k, r] b[k, vector v]; a row of a is `width` long
 template <int kRows, int kVectors, class S, class V>
 MFAC_INLINE void multiply_rows(const S* a, int64_t width, const S* b, int64_t depth, V (&sum)[kRows][kVectors]) {
+#pragma GCC unroll 4
   for (int64_t k = 0; k < depth; ++k) {
     V x[kVectors];
 #pragma GCC unroll 2
@@ -107,12 +123,11 @@ MFAC_INLINE void add_rows(const V (&sum)[kRows][kVectors], S* tile) {
     }
 }
 
-// out = base + scale a^T b for the last kVectors vectors of kStripRows rows; base may be null (zero) or out.
-template <int kVectors, class S>
+// out = base + scale a^T b for the last kVectors vectors of kRows rows; base may be null (zero) or out.
+template <int kRows, int kVectors, class S>
 MFAC_INLINE void multiply_strip(const S* a, const S* b, int64_t depth, S scale, const S* base, S* out) {
   using V = Vec<S>;
   constexpr int64_t kSkipped = (2 - kVectors) * kLanesOf<S>;
-  constexpr int kRows = kStripRows<S, kVectors>;
   V sum[kRows][kVectors] = {};
   multiply_rows(a, kTile<S>, b + kSkipped, depth, sum);
 #pragma GCC unroll 16
@@ -132,22 +147,23 @@ constexpr int64_t kNoZeros = -1;
 template <class S>
 __attribute__((noinline)) void multiply_tile(const S* a, const S* b, int64_t depth, S scale, const S* base, S* out, Part part,
                                              int64_t zeros = kNoZeros) {
-  const auto strip = [&]<int kVectors>(int64_t r) {
+  const auto strip = [&]<int kRows, int kVectors = 2>(int64_t r) {
     const int64_t skip = zeros >= 0 ? zeros + r : 0;
     const S* from = base ? base + r * kTile<S> : nullptr;
-    multiply_strip<kVectors>(a + skip * kTile<S> + r, b + skip * kTile<S>, depth - skip, scale, from, out + r * kTile<S>);
-    return r + kStripRows<S, kVectors>;
+    multiply_strip<kRows, kVectors>(a + skip * kTile<S> + r, b + skip * kTile<S>, depth - skip, scale, from, out + r * kTile<S>);
   };
+  if (part == Part::full) return for_each_strip<S>(strip);
   int64_t r = 0;
-  while (r < (part == Part::upper ? kTile<S> / 2 : kTile<S>)) r = strip.template operator()<2>(r);
-  while (r < kTile<S>) r = strip.template operator()<1>(r);
+  for (; r < kTile<S> / 2; r += kTileRows) strip.template operator()<kTileRows>(r);
+  for (; r < kTile<S>; r += kStripRows<S, 1>) strip.template operator()<kStripRows<S, 1>, 1>(r);
 }
 
 // out = l b for a lower triangular l, given as its transpose u (kTile, kTile).
 template <class S>
 __attribute__((noinline)) void multiply_triangle(const S* u, const S* b, S* out) {
-  for (int64_t r = 0; r < kTile<S>; r += kTileRows)
-    multiply_strip<2>(u + r, b, r + kTileRows, S(1), static_cast<const S*>(nullptr), out + r * kTile<S>);
+  for_each_strip<S>([&]<int kRows>(int64_t r) {
+    multiply_strip<kRows, 2>(u + r, b, r + kRows, S(1), static_cast<const S*>(nullptr), out + r * kTile<S>);
+  });
 }
 
 // Transposes go through chunks of 128 bits: shuffles within them, and of whole ones, are single instructions that need no index register.

@@ -18,10 +18,10 @@ int64_t sums_size(int64_t a, int64_t b) {
   return factor_tiles<S>(a) * factor_tiles<S>(b) * kTileArea<S>;
 }
 
-// out += a^T b for kVectors vectors of kStripRows rows
-template <int kVectors, class S>
+// out += a^T b for kVectors vectors of kRows rows
+template <int kRows, int kVectors, class S>
 MFAC_INLINE void accumulate_strip(const S* a, const S* b, int64_t depth, S* out) {
-  Vec<S> sum[kStripRows<S, kVectors>][kVectors] = {};
+  Vec<S> sum[kRows][kVectors] = {};
   multiply_rows(a, kTile<S>, b, depth, sum);
   add_rows(sum, out);
 }
@@ -31,11 +31,14 @@ template <class S>
 __attribute__((noinline)) void accumulate_tile(const S* a, const S* b, int64_t depth, int64_t rows, int64_t columns, bool diagonal,
                                                S* out) {
   constexpr int64_t n = kLanesOf<S>;
+  const auto strip = [&]<int kRows, int kVectors = 2>(int64_t r, int64_t vector = 0) {
+    accumulate_strip<kRows, kVectors>(a + r, b + vector, depth, out + r * kTile<S> + vector);
+  };
+  if (rows == kTile<S> && columns > n && !diagonal) return for_each_strip<S>(strip);
   int64_t r = 0;
   if (columns > n)
-    for (; r < (diagonal ? n : rows); r += kStripRows<S, 2>) accumulate_strip<2>(a + r, b, depth, out + r * kTile<S>);
-  const int64_t vector = columns > n ? n : 0;
-  for (; r < rows; r += kStripRows<S, 1>) accumulate_strip<1>(a + r, b + vector, depth, out + r * kTile<S> + vector);
+    for (; r < (diagonal ? n : rows); r += kTileRows) strip.template operator()<kTileRows>(r);
+  for (; r < rows; r += kStripRows<S, 1>) strip.template operator()<kStripRows<S, 1>, 1>(r, columns > n ? n : 0);
 }
 
 template <class S>
@@ -116,9 +119,11 @@ void accumulate_factor(const Columns& x, const Columns* y, const Weights& weight
         left = weighted;
       }
       if (column_sums) add_columns(left, x_tiles, depth, columns);
+      RowsAhead<T> ahead(x, first + done + depth, depth, y ? x_tiles * y_tiles : x_tiles * (x_tiles + 1) / 2);
       for (int64_t pair = 0; pair < y_tiles; pair += 2)  // two panels stay in L1 while those of the other side pass
         for (int64_t i = 0; i < x_tiles; ++i)
           for (int64_t j = y || i <= pair ? pair : i; j < pair + 2 && j < y_tiles; ++j) {
+            ahead.prefetch_part();
             const int64_t height = x.count - i * kTile<S>, width = other.count - j * kTile<S>;
             accumulate_tile(left + i * kPanel<S>, right + j * kPanel<S>, depth, height < kTile<S> ? height : kTile<S>,
                             width < kTile<S> ? width : kTile<S>, !y && i == j, sums + (i * y_tiles + j) * kTileArea<S>);

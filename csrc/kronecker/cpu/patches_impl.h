@@ -100,7 +100,7 @@ MFAC_INLINE void gather_square(const T* x, int64_t channel_step, int64_t height,
 // to.at(p, c) = x[c * channel_step + p * pixel_step]
 template <class S, class T, class Place>
 void gather(const T* x, int64_t channel_step, int64_t pixel_step, int64_t channels, int64_t pixels, const Place& to) {
-  constexpr int64_t n = kLanesOf<S>, kAhead = 4096;  // bytes: rows are too short for the hardware to foresee
+  constexpr int64_t n = kLanesOf<S>, kAhead = 4096;  // bytes
   if (channel_step == 1) {
     const int64_t ahead = (kAhead / (channels * static_cast<int64_t>(sizeof(T))) + 1) * pixel_step;
     for (int64_t p = 0; p < pixels; ++p, x += pixel_step) {
@@ -118,6 +118,8 @@ void gather(const T* x, int64_t channel_step, int64_t pixel_step, int64_t channe
     for (int64_t c = 0; c < channels; c += n)
       for (int64_t next = 0; next < pixels; next += n) {
         const int64_t p = next + n <= pixels || pixels < n ? next : pixels - n;  // the last square covers some pixels twice
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < n; ++i) prefetch(x + (c + n + i) * channel_step + p);  // rows are too short for the hardware to foresee
         gather_square<S>(x + c * channel_step + p, channel_step, channels - c < n ? channels - c : n, pixels < n ? pixels : n, to, p, c);
       }
   } else {
@@ -279,4 +281,25 @@ class Packer {
   Staging staging_;
   int64_t first_, count_;
   int64_t channel_, channels_;  // that the columns belong to
+};
+
+// The rows that follow those of a step, where they follow in memory: prefetched in parts while products are formed.
+template <class T>
+class RowsAhead {
+ public:
+  RowsAhead(const Columns& columns, int64_t first, int64_t rows, int64_t parts)
+      : next_(static_cast<const T*>(columns.patches->data) + first * columns.patches->axes[2].step + columns.first),
+        step_(columns.patches->axes[2].step),
+        width_(columns.count),
+        rows_(columns.patches->channel_step == 1 && columns.patches->offsets() == 1 ? rows : 0),
+        parts_(parts) {}
+
+  void prefetch_part() {
+    for (const int64_t end = ++part_ * rows_ / parts_; row_ < end; ++row_, next_ += step_)
+      for (int64_t c = 0; c < width_; c += 64 / sizeof(T)) prefetch(next_ + c);
+  }
+
+ private:
+  const T* next_;
+  int64_t step_, width_, rows_, parts_, part_ = 0, row_ = 0;
 };

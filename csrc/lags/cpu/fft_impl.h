@@ -168,6 +168,7 @@ MFAC_INLINE void multiply_spectra(const S* a, const S* b, int64_t rows, int64_t 
       V re[kTileRows] = {}, im[kTileRows] = {};
       const S *x = a + row, *y = b + column;
       const int64_t terms = row < rows && column < columns ? samples : 0;
+#pragma GCC unroll 4
       for (int64_t n = 0; n < terms; ++n, x += kTile<S>, y += kTile<S>) {
         const V y_re = load<V>(y), y_im = load<V>(y + part_step);
 #pragma GCC unroll 8

@@ -26,6 +26,8 @@ void pack_planes(const T* x, int64_t channels, int64_t channel_step, int64_t col
       const int64_t count = columns - j < n ? columns - j : n;
       Vec<S> v[n] = {};
 #pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) prefetch(x + (c + n + i) * channel_step + j);  // of the channels that come next
+#pragma GCC unroll 16
       for (int i = 0; i < n; ++i)
         if (c + i < channels) v[i] = load_widened<S>(x + (c + i) * channel_step + j, count);
       transpose_vectors<Vec<S>, n>(v);
@@ -76,23 +78,24 @@ bool all_finite(const void* panel, int64_t n) {
   return sum == 0;
 }
 
-// kTileRows rows and the first kVectors vectors of a tile
-template <int kVectors, class S>
+// kRows rows and the first kVectors vectors of a tile
+template <int kRows, int kVectors, class S>
 MFAC_INLINE void add_strip(const S* a_panel, const S* b_panel, const Pixels& pixels, S* tile) {
   using V = Vec<S>;
   const auto& [counts, steps] = pixels;
-  V sum[kTileRows][kVectors] = {};
+  V sum[kRows][kVectors] = {};
   for (int64_t i = 0; i < counts[0]; ++i)
     for (int64_t j = 0; j < counts[1]; ++j) {
       const S *a = a_panel + i * steps[0] + j * steps[1], *b = b_panel + i * steps[0] + j * steps[1];
-      for (int64_t k = 0; k < counts[2]; ++k, a += steps[2], b += steps[2]) {
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < counts[2]; ++k) {
         V x[kVectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) x[v] = load<V>(b + v * kLanesOf<S>);
+        for (int v = 0; v < kVectors; ++v) x[v] = load<V>(b + k * steps[2] + v * kLanesOf<S>);
 #pragma GCC unroll 8
-        for (int r = 0; r < kTileRows; ++r)
+        for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sum[r][v] += splat(a[r]) * x[v];
+          for (int v = 0; v < kVectors; ++v) sum[r][v] += splat(a[k * steps[2] + r]) * x[v];
       }
     }
   add_rows(sum, tile);
@@ -101,10 +104,14 @@ MFAC_INLINE void add_strip(const S* a_panel, const S* b_panel, const Pixels& pix
 template <class S>
 void add_products(const void* a_panel, const void* b_panel, const Pixels& pixels, int64_t rows, int64_t columns, void* out) {
   const S *a = static_cast<const S*>(a_panel), *b = static_cast<const S*>(b_panel);
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    S* tile = static_cast<S*>(out) + row * kTile<S>;
-    columns <= kLanesOf<S> ? add_strip<1>(a + row, b, pixels, tile) : add_strip<2>(a + row, b, pixels, tile);
-  }
+  const auto strip = [&]<int kRows, int kVectors = 2>(int64_t row) {
+    add_strip<kRows, kVectors>(a + row, b, pixels, static_cast<S*>(out) + row * kTile<S>);
+  };
+  if (rows == kTile<S> && columns > kLanesOf<S>) return for_each_strip<S>(strip);
+  if (columns <= kLanesOf<S>)
+    for (int64_t row = 0; row < rows; row += kStripRows<S, 1>) strip.template operator()<kStripRows<S, 1>, 1>(row);
+  else
+    for (int64_t row = 0; row < rows; row += kTileRows) strip.template operator()<kTileRows>(row);
 }
 
 template <class S>
