@@ -26,8 +26,6 @@ void pack_planes(const T* x, int64_t channels, int64_t channel_step, int64_t col
       const int64_t count = columns - j < n ? columns - j : n;
       Vec<S> v[n] = {};
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) prefetch(x + (c + n + i) * channel_step + j);  // of the channels that come next
-#pragma GCC unroll 16
       for (int i = 0; i < n; ++i)
         if (c + i < channels) v[i] = load_widened<S>(x + (c + i) * channel_step + j, count);
       transpose_vectors<Vec<S>, n>(v);
