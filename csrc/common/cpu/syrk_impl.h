@@ -220,6 +220,39 @@ MFAC_INLINE void transpose_vectors(V* v) {
     }
 }
 
+// A vector of S from kLanesOf<S> elements of T.
+template <class S, class T>
+MFAC_INLINE Vec<S> load_as(const T* p) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    return load<Vec<S>>(p);
+  } else {
+    const auto join = [&]<int... l>(std::integer_sequence<int, l...>) {
+      return __builtin_shufflevector(widen32(p), widen32(p + kLanes), l...);
+    };
+    return join(std::make_integer_sequence<int, kLanes32>());
+  }
+}
+template <class S, class T>
+MFAC_INLINE Vec<S> load_first_as(const T* p, int64_t n) {
+  T padded[kLanesOf<S>];
+  copy_first(p, n, padded);
+  return load_as<S>(padded);
+}
+
+// v[j], lane i <- x[i * step + j] as S: `height` rows of `width` elements, at most as many as lanes, zero past them
+template <class S, class T>
+MFAC_INLINE void load_transposed(const T* x, int64_t step, int64_t height, int64_t width, Vec<S>* v) {
+  constexpr int64_t n = kLanesOf<S>;
+  if (height == n && width == n) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) v[i] = load_as<S>(x + i * step);
+  } else {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) v[i] = i < height ? load_first_as<S>(x + i * step, width) : Vec<S>{};
+  }
+  transpose_vectors<Vec<S>, n>(v);
+}
+
 // out = in^T, tiles
 template <class S>
 __attribute__((noinline)) void transpose_tile(const S* in, S* out) {

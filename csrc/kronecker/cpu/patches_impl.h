@@ -33,24 +33,6 @@ inline int64_t cut_rows(const Patches& p, int64_t first, int64_t rows, Segment* 
   return count;
 }
 
-// A vector of S from kLanesOf<S> elements of T.
-template <class S, class T>
-MFAC_INLINE Vec<S> load_as(const T* p) {
-  if constexpr (sizeof(S) == sizeof(T)) {
-    return load<Vec<S>>(p);
-  } else {
-    const auto join = [&]<int... l>(std::integer_sequence<int, l...>) {
-      return __builtin_shufflevector(widen32(p), widen32(p + kLanes), l...);
-    };
-    return join(std::make_integer_sequence<int, kLanes32>());
-  }
-}
-template <class S, class T>
-MFAC_INLINE Vec<S> load_first_as(const T* p, int64_t n) {
-  T padded[kLanesOf<S>];
-  copy_first(p, n, padded);
-  return load_as<S>(padded);
-}
 template <class S>
 MFAC_INLINE S widen_one(S x) {
   return x;
@@ -81,14 +63,7 @@ template <class S, class T, class Place>
 MFAC_INLINE void gather_square(const T* x, int64_t channel_step, int64_t height, int64_t width, const Place& to, int64_t p, int64_t c) {
   constexpr int64_t n = kLanesOf<S>;
   Vec<S> v[n];
-  if (height == n && width == n) {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < n; ++i) v[i] = load_as<S>(x + i * channel_step);
-  } else {
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < n; ++i) v[i] = i < height ? load_first_as<S>(x + i * channel_step, width) : Vec<S>{};
-  }
-  transpose_vectors<Vec<S>, n>(v);
+  load_transposed<S>(x, channel_step, height, width, v);
   if (height == n && width == n) {
 #pragma GCC unroll 16
     for (int64_t i = 0; i < n; ++i) store(to.at(p + i, c), v[i]);

@@ -6,31 +6,19 @@
 // then a pointer offset, a rectangle three loops with fixed steps around one register tile, and two loads feed each pair of multiply-adds.
 #include "common/cpu/syrk_impl.h"
 
-// Up to a vector of elements as S, zero past n.
-template <class S, class T>
-MFAC_INLINE Vec<S> load_widened(const T* p, int64_t n) {
-  S row[kLanesOf<S>];
-  if (n == kLanesOf<S>)
-    widen_row(p, kLanesOf<S>, row, kLanesOf<S>);
-  else
-    widen_row(p, n, row, kLanesOf<S>);
-  return load<Vec<S>>(row);
-}
-
 // panel (columns, kTile) <- x at (channel, column), neighbours side by side: transposed a square of vectors at a time
 template <class T, class S>
 void pack_planes(const T* x, int64_t channels, int64_t channel_step, int64_t columns, S* panel) {
-  constexpr int n = kLanesOf<S>;
-  for (int64_t c = 0; c < kTile<S>; c += n)
+  constexpr int64_t n = kLanesOf<S>;
+  for (int64_t c = 0; c < kTile<S>; c += n) {
+    const int64_t height = channels - c < n ? channels - c : n;
     for (int64_t j = 0; j < columns; j += n) {
-      const int64_t count = columns - j < n ? columns - j : n;
-      Vec<S> v[n] = {};
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i)
-        if (c + i < channels) v[i] = load_widened<S>(x + (c + i) * channel_step + j, count);
-      transpose_vectors<Vec<S>, n>(v);
-      for (int64_t i = 0; i < count; ++i) store(panel + (j + i) * kTile<S> + c, v[i]);
+      const int64_t width = columns - j < n ? columns - j : n;
+      Vec<S> v[n];
+      load_transposed<S>(x + c * channel_step + j, channel_step, height, width, v);
+      for (int64_t i = 0; i < width; ++i) store(panel + (j + i) * kTile<S> + c, v[i]);
     }
+  }
 }
 
 template <class T>
@@ -51,7 +39,9 @@ void pack_image(const void* image, int64_t channels, int64_t channel_step, int64
     for (int64_t j = 0; j < columns; ++j) {
       const T* pixel = x + j * column_step;
       S* to = panel + (i * columns + j) * kTile<S>;
-      if (channel_step == 1) {
+      if (channel_step == 1 && channels == kTile<S>) {
+        widen_row(pixel, kTile<S>, to, kTile<S>);
+      } else if (channel_step == 1) {
         widen_row(pixel, channels, to, kTile<S>);
       } else {
         T row[kTile<S>];
