@@ -9,6 +9,8 @@
 #include "cholesky/cpu/interleaved_impl.h"
 #include "cholesky/cpu/single_impl.h"
 
+#include "cholesky/cpu/inverse_impl.h"
+
 #include "cholesky/cpu/inverse_factor_impl.h"
 #include "cholesky/cpu/triangular_impl.h"
 

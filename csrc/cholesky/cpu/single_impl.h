@@ -1,7 +1,10 @@
-// One block of any strides at a time: its inverse, its factor L, and products with (L L^T)^-1, on square tiles (spd_tiles_impl.h).
+// One block of any strides at a time: its factor L and products with (L L^T)^-1, on square tiles (spd_tiles_impl.h).
+//
+//   U_ki = L_kk^-1 (A_ik^T - sum_{j<k} U_jk^T U_ji)        U = L^T
 //
 // Floor of the factor: n^3 / 3 flops; of a solution: 2 n^2 for each right-hand side. Both are left-looking: tile row k of L^T is the
-// product of two contiguous panels of the rows above it, so every sum stays in registers over its whole length.
+// product of two contiguous panels of the rows above it, so every sum stays in registers over its whole length. Each tile of A is loaded
+// when its sum is due, and is never anywhere else.
 
 // ---- between matrices and tiles -------------------------------------------------------------------------------------------------
 
@@ -35,6 +38,15 @@ __attribute__((noinline)) void store_tile(const S* tile, const Matrix& x, int64_
   const int64_t height = rows - row < kTile<S> ? rows - row : kTile<S>, width = columns - column < kTile<S> ? columns - column : kTile<S>;
   S* to = static_cast<S*>(x.data) + row * x.row_stride + column * x.column_stride;
   for (int64_t r = 0; r < height; ++r) store_row(tile + r * kTile<S>, width, x.column_stride, to + r * x.row_stride);
+}
+
+// What store_tile will write
+template <class S>
+MFAC_INLINE void prefetch_tile(const Matrix& x, int64_t row, int64_t column) {
+  const Matrix lines = by_columns(x) ? transposed(x) : x;
+  if (by_columns(x)) std::swap(row, column);
+  const S* first = static_cast<const S*>(x.data) + row * lines.row_stride + column * lines.column_stride;
+  for (int64_t r = 0; r < kTile<S>; ++r) __builtin_prefetch(first + r * lines.row_stride, 1, 2);
 }
 
 // body(0) ... body(count - 1) by a team of threads, or by this one
@@ -84,41 +96,6 @@ void store_lower(const TileOf& tile, int64_t begin, int64_t end, int64_t n, cons
   });
 }
 
-// ---- the inverse ----------------------------------------------------------------------------------------------------------------
-
-template <class S>
-int64_t inverse_work(const Job&, int64_t n) {
-  return (spd_tiles_size<S>(n) + spd_work_size<S>(n)) * static_cast<int64_t>(sizeof(S));
-}
-
-template <class S>
-void inverse(const Job& job, int64_t n, void* work, Team team) {
-  const Tiles<S> tiles{static_cast<S*>(work)};
-  S* rest = tiles.first + spd_tiles_size<S>(n);
-  const Matrix& out = job.out;
-  const auto each = [&](int64_t count, const auto& body) { for_each(team, count, body); };
-  const int64_t info = load_spd_tiles(job, n, tiles, team) ? spd_eliminate(tiles, n, rest, each) : -1;
-  *job.info = static_cast<int32_t>(info);
-  if (info != 0) return fill_nan<S>(out, n);
-  // The result is symmetric: columns next to each other serve as rows.
-  const Matrix rows = out.column_stride == 1 ? out : transposed(out);
-  for_each(team, tiles_of<S>(n), [&](int64_t i) {
-    constexpr int64_t T = kTile<S>;
-    if (rows.column_stride == 1) return spd_store_negated_band(tiles, n, i, static_cast<S*>(rows.data), rows.row_stride);
-    for (int64_t j = 0; j <= i; ++j) {
-      alignas(64) S mirrored[kTileArea<S>];
-      S* tile = tile_at(tiles, i, j);
-      for (int64_t v = 0; v < kTileArea<S>; v += kLanesOf<S>) store(tile + v, -load<Vec<S>>(tile + v));
-      transpose_tile(tile, mirrored);
-      if (i == j)
-        mirror_upper(tile, mirrored);
-      else
-        store_tile(tile, out, n, n, i * T, j * T);
-      store_tile(mirrored, out, n, n, j * T, i * T);
-    }
-  });
-}
-
 // ---- the factor -----------------------------------------------------------------------------------------------------------------
 
 // Column panel j of U = L^T: rows [0, (j + 1) T) of columns [j T, (j + 1) T), contiguous.
@@ -127,43 +104,56 @@ MFAC_INLINE S* column_panel(S* panels, int64_t j) {
   return panels + j * (j + 1) / 2 * kTileArea<S>;
 }
 
+// (A_ik)^T of A = block + damping I, from its lower triangle; of a tile on the diagonal only the upper half is right. The padding is an
+// identity.
+template <class S>
+MFAC_INLINE void load_damped_tile(const Job& job, int64_t n, int64_t i, int64_t k, S* tile) {
+  constexpr int64_t T = kTile<S>;
+  load_tile(transposed(job.block), n, n, k * T, i * T, tile);
+  if (i == k)
+    for (int64_t r = 0; r < T; ++r) tile[r * (T + 1)] = k * T + r < n ? tile[r * (T + 1)] + static_cast<S>(job.damping) : S(1);
+}
+
+// The column panels of U, with zeros below its diagonal. inverse_of(k) and upper_of(k) are where L_kk^-1 and its transpose go. Returns 0,
+// or what the job is to report.
+template <class S, class InverseOf, class UpperOf>
+int32_t factor_columns(const Job& job, int64_t n, S* panels, const InverseOf& inverse_of, const UpperOf& upper_of, Team team) {
+  constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
+  for (int64_t k = 0; k < tiles_of<S>(n); ++k) {
+    alignas(64) S diagonal[kArea], mirrored[kArea];
+    S *above = column_panel(panels, k), *own = above + k * kArea;
+    load_damped_tile(job, n, k, k, diagonal);
+    multiply_tile(above, above, k * T, S(-1), diagonal, diagonal, Part::upper);
+    if (const int64_t bad = factor_tile(diagonal, inverse_of(k))) return failure<S>(job, n, k * T + bad);
+    transpose_tile(inverse_of(k), upper_of(k));
+    // Of what is left of A_kk the upper half is all there is, and all of U_kk that is not zero.
+    transpose_tile(diagonal, mirrored);
+    mirror_upper(diagonal, mirrored);
+    multiply_triangle(upper_of(k), mirrored, own);
+    for (int64_t r = 1; r < T; ++r) __builtin_memset(own + r * T, 0, r * sizeof(S));
+    for_each(team, tiles_of<S>(n) - k - 1, [&](int64_t right) {
+      alignas(64) S tile[kArea];
+      S* panel = column_panel(panels, k + 1 + right);
+      load_damped_tile(job, n, k + 1 + right, k, tile);
+      multiply_tile(above, panel, k * T, S(-1), tile, tile, Part::full);
+      multiply_triangle(upper_of(k), tile, panel + k * kArea);
+    });
+  }
+  return 0;
+}
+
 template <class S>
 int64_t factor_work(const Job&, int64_t n) {
-  return (2 * spd_tiles_size<S>(n) + 3 * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
+  return (spd_tiles_size<S>(n) + 2 * kTileArea<S>)*static_cast<int64_t>(sizeof(S));
 }
 
 template <class S>
 void factor(const Job& job, int64_t n, void* work, Team team) {
   constexpr int64_t T = kTile<S>, kArea = kTileArea<S>;
-  const Tiles<S> tiles{static_cast<S*>(work)};
-  S *panels = tiles.first + spd_tiles_size<S>(n), *row = panels + spd_tiles_size<S>(n);
-  S *inverse = row + kArea, *upper = inverse + kArea;
+  S *panels = static_cast<S*>(work), *inverse = panels + spd_tiles_size<S>(n), *upper = inverse + kArea;
   const Matrix& out = job.out;
-  const auto failed = [&](int64_t info) {
-    *job.info = static_cast<int32_t>(info);
-    fill_nan<S>(out, n);
-  };
-  if (!load_spd_tiles(job, n, tiles, team)) return failed(-1);
-  for (int64_t k = 0; k < tiles_of<S>(n); ++k) {
-    const S* above = column_panel(panels, k);
-    S* diagonal = column_panel(panels, k) + k * kArea;
-    multiply_tile(above, above, k * T, S(-1), tile_at(tiles, k, k), row, Part::upper);
-    if (const int64_t bad = factor_tile(row, inverse)) return failed(k * T + bad);
-    transpose_tile(inverse, upper);
-    // U = L^-1 A: of A's diagonal tile the upper half is all there is, and all of U that is not zero.
-    transpose_tile(row, diagonal);
-    mirror_upper(row, diagonal);
-    multiply_triangle(upper, diagonal, row);
-    for (int64_t r = 0; r < T; ++r)
-      for (int64_t c = 0; c < T; ++c) diagonal[r * T + c] = c >= r ? row[r * T + c] : S(0);
-    for_each(team, tiles_of<S>(n) - k - 1, [&](int64_t right) {
-      alignas(64) S rest[kArea];
-      S* panel = column_panel(panels, k + 1 + right);
-      transpose_tile(tile_at(tiles, k + 1 + right, k), rest);
-      multiply_tile(above, panel, k * T, S(-1), rest, rest, Part::full);
-      multiply_triangle(upper, rest, panel + k * kArea);
-    });
-  }
+  *job.info = factor_columns(job, n, panels, [=](int64_t) { return inverse; }, [=](int64_t) { return upper; }, team);
+  if (*job.info) return fill_nan<S>(out, n);
   for_each(team, tiles_of<S>(n), [&](int64_t i) {
     alignas(64) S tile[kArea];
     for (int64_t j = 0; j < tiles_of<S>(n); ++j) {
@@ -174,7 +164,6 @@ void factor(const Job& job, int64_t n, void* work, Team team) {
       store_tile(tile, out, n, n, i * T, j * T);
     }
   });
-  *job.info = 0;
 }
 
 // ---- solutions ------------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ constexpr int64_t spd_tiles_size(int64_t n) {
 }
 
 // inverse = L^-1 (lower) of a diagonal tile A = L L^T, of which the upper half is read. Returns 0, or 1 + the row of the first pivot
-// that is not positive.
+// that is not positive and finite.
 //
 // Gaussian elimination of [A I] without square roots, row after row, each finished from those above it while it stays in registers:
 // what counts is the latency from pivot to pivot, and it holds one division. Row j of the first half ends in zeros, row j of the
@@ -53,7 +53,7 @@ __attribute__((noinline)) int64_t factor_tile(const S* tile, S* inverse) {
 #pragma GCC unroll 3
     for (int v = 0; v < 3; ++v) store(factors[j] + first + v * kHalf, x[v]);
     const S pivot = factors[j][j];
-    if (!(pivot > 0)) return j + 1;
+    if (!(pivot > 0 && pivot < static_cast<S>(__builtin_inf()))) return j + 1;
     root[j] = pivot;
     const V scale = splat(1 / pivot);
 #pragma GCC unroll 3
