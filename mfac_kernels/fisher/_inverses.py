@@ -262,7 +262,8 @@ def damping_of(
         means.append(trace / width)
     pi = means[0] / means[1]
     if shape.unit:
-        return torch.full_like(pi, damping), torch.zeros_like(pi)
+        none = torch.zeros_like(pi)
+        return none + damping, none  # infinite where the type holds nothing as large
     usable = pi.isfinite() & (pi > 0) if pi_correction else torch.zeros_like(pi, dtype=torch.bool)
     pi = torch.where(usable, pi, 1)
     return (damping * pi).sqrt(), (damping / pi).sqrt()

@@ -183,3 +183,13 @@ def test_a_space_of_ten_lines():
 def test_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         mk.TwoLevelKFAC(build("linear")[0], **options)
+
+
+@pytest.mark.parametrize("space", [*SPACES, "tselepidis"])
+def test_a_damping_beyond_float32_leaves_blocks_as_they_were_and_is_counted(space):
+    net = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 3))
+    p = mk.TwoLevelKFAC(net, 1e300, coarse_space=space)
+    net(torch.arange(20.0).reshape(5, 4).sin()).square().mean().backward()
+    p.step()
+    assert p.diagnostics()["blocks_kept"] > 0
+    assert all(q.grad.isfinite().all() for q in net.parameters())
