@@ -261,7 +261,8 @@ class Packer {
   int64_t channel_, channels_;  // that the columns belong to
 };
 
-// The rows that follow those of a step, where they follow in memory: prefetched in parts while products are formed.
+// The rows that follow those of a step, where they follow in memory: prefetched in parts while products are formed. With few of these the
+// hardware is as early.
 template <class T>
 class RowsAhead {
  public:
@@ -269,7 +270,7 @@ class RowsAhead {
       : next_(static_cast<const T*>(columns.patches->data) + first * columns.patches->axes[2].step + columns.first),
         step_(columns.patches->axes[2].step),
         width_(columns.count),
-        rows_(columns.patches->channel_step == 1 && columns.patches->offsets() == 1 ? rows : 0),
+        rows_(columns.patches->channel_step == 1 && columns.patches->offsets() == 1 && parts >= kFewestParts ? rows : 0),
         parts_(parts) {}
 
   void prefetch_part() {
@@ -278,6 +279,8 @@ class RowsAhead {
   }
 
  private:
+  static constexpr int64_t kFewestParts = 8;
+
   const T* next_;
   int64_t step_, width_, rows_, parts_, part_ = 0, row_ = 0;
 };
