@@ -66,7 +66,7 @@ def cases() -> dict[str, Callable[[], Case]]:
     def window(m: int, d: int, dtype: torch.dtype, combine: bool) -> Callable[[], Case]:
         def made() -> Case:
             g = torch.randn(m, d).to(dtype)
-            c, x = torch.randn(1, m, dtype=torch.float64), torch.randn(1, d)
+            c, x = torch.randn(1, 1, m, dtype=torch.float64), torch.randn(1, d)
             return (lambda: ops.window_combine(g, c)) if combine else (lambda: ops.window_dots(g, x)), 0
 
         return made
@@ -153,7 +153,7 @@ def main() -> None:
     lines = [
         f"# {described(options.old)} and {described(options.new)} in turns",
         "",
-        f"One thread, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. Medians, the best in brackets.",
+        f"One thread, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. Medians (best).",
         "",
         "| case | old, ms | new, ms | old / new | share of the multiply-adds, old | new |",
         "|---|---|---|---|---|---|",
