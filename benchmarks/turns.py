@@ -26,11 +26,11 @@ def cases() -> dict[str, Callable[[], Case]]:
 
     from mfac_kernels import ops
 
-    def inverse(n: int, count: int) -> Callable[[], Case]:
+    def spd(op: Callable[..., object], flops: float, n: int, count: int) -> Callable[[], Case]:
         def made() -> Case:
             x = torch.randn(count, n, n)
             blocks, out = x @ x.mT / n + torch.eye(n), torch.empty(count, n, n)
-            return lambda: ops.cholesky_inverse_ex(blocks, 0.1, out=out), count * n**3
+            return lambda: op(blocks, 0.1, out=out), count * n**3 * flops
 
         return made
 
@@ -71,7 +71,8 @@ def cases() -> dict[str, Callable[[], Case]]:
 
         return made
 
-    found = {f"inverse {count} x {n}": inverse(n, count) for n, count in INVERSES}
+    found = {f"inverse {count} x {n}": spd(ops.cholesky_inverse_ex, 1, n, count) for n, count in INVERSES}
+    found |= {f"factor {count} x {n}": spd(ops.cholesky_factor_ex, 1 / 3, n, count) for n, count in FACTORS}
     found |= {f"linear factor {rows} x {d}": linear(rows, d) for rows, d in LINEAR}
     found |= {f"channel factor {n} x {c} on {s} x {s}": channels(n, c, s) for n, c, s in CHANNELS}
     found |= {f"compressed 3 x 3, {way}, {n} x {c} on {s} x {s}": conv(n, c, s, way) for way, n, c, s in CONVS}
@@ -83,6 +84,7 @@ def cases() -> dict[str, Callable[[], Case]]:
 
 
 INVERSES = [(16, 512), (32, 512), (64, 256), (128, 64), (256, 16), (512, 4), (1024, 2), (2048, 1)]
+FACTORS = [(64, 256), (256, 16), (1024, 2)]
 LINEAR = [(65536, 64), (16384, 256), (4096, 1024), (4096, 2048)]
 CHANNELS = [(100, 16, 32), (32, 64, 56), (32, 256, 28), (32, 512, 14), (32, 2048, 7)]
 CONVS = [("lags", 100, 128, 4), ("fft", 100, 16, 32), ("fft", 100, 32, 16), ("fft", 100, 64, 8), ("fft", 32, 64, 56)]

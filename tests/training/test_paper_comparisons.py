@@ -82,7 +82,9 @@ def test_end_to_end_and_resumed(tmp_path, monkeypatch, capsys):
         assert r.steps == 2 * TINY[r.problem].steps_per_epoch <= len(r.losses) == len(r.seconds)
         exact = r.contender in CORRECTED and r.contender != TSELEPIDIS
         assert len(r.gains) == (r.steps if r.contender in CORRECTED else 0) and (not exact or min(r.gains) > 0)
-        assert len(r.shares) == (3 if r.contender in CORRECTED else 0) and (not exact or min(r.shares) > 0)
+        assert len(r.shares) == (3 if r.contender in CORRECTED else 0)
+        # A share is a difference of energies, of products in float32: below a few roundings it has no sign.
+        assert not exact or min(r.shares) > -16 * torch.finfo(torch.float32).eps
     text = (tmp_path / "twolevel.md").read_text()
     for problem in TINY.values():
         assert f"## {problem.title}" in text

@@ -45,8 +45,8 @@ struct InversePasses {
   void multiply(int64_t i) const {
     alignas(64) S tile[kArea], mirrored[kArea];
     for (int64_t j = 0; j <= i; ++j) {
-      prefetch_tile<S>(job.out, i * T, j * T);
-      prefetch_tile<S>(job.out, j * T, i * T);
+      prefetch_tile<S, true>(job.out, i * T, j * T);
+      prefetch_tile<S, true>(job.out, j * T, i * T);
       multiply_tile(y(i, i), y(i, j), (count - i) * T, S(1), static_cast<const S*>(nullptr), tile, i == j ? Part::upper : Part::full);
       transpose_tile(tile, mirrored);
       if (i == j)

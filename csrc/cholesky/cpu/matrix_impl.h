@@ -43,7 +43,9 @@ MFAC_INLINE void load_row(const T* row, int64_t stride, int64_t width, int64_t p
 
 template <class S>
 MFAC_INLINE void store_row(const S* row, int64_t width, int64_t stride, S* out) {
-  if (stride == 1)
+  if (stride == 1 && width == 2 * kLanesOf<S>)
+    __builtin_memcpy(out, row, 2 * sizeof(Vec<S>));
+  else if (stride == 1)
     __builtin_memcpy(out, row, width * sizeof(S));
   else if (stride == -1)
     for (int64_t c = 0; c < width; ++c) out[-c] = row[c];

@@ -40,13 +40,14 @@ __attribute__((noinline)) void store_tile(const S* tile, const Matrix& x, int64_
   for (int64_t r = 0; r < height; ++r) store_row(tile + r * kTile<S>, width, x.column_stride, to + r * x.row_stride);
 }
 
-// What store_tile will write
-template <class S>
+// What load_tile or, if `written`, store_tile will want
+template <class S, bool written = false>
 MFAC_INLINE void prefetch_tile(const Matrix& x, int64_t row, int64_t column) {
   const Matrix lines = by_columns(x) ? transposed(x) : x;
   if (by_columns(x)) std::swap(row, column);
-  const S* first = static_cast<const S*>(x.data) + row * lines.row_stride + column * lines.column_stride;
-  for (int64_t r = 0; r < kTile<S>; ++r) __builtin_prefetch(first + r * lines.row_stride, 1, 2);
+  const int64_t size = element_size(x.dtype);
+  const char* first = static_cast<const char*>(x.data) + (row * lines.row_stride + column * lines.column_stride) * size;
+  for (int64_t r = 0; r < kTile<S>; ++r) __builtin_prefetch(first + r * lines.row_stride * size, written, 2);
 }
 
 // body(0) ... body(count - 1) by a team of threads, or by this one
@@ -135,6 +136,7 @@ int32_t factor_columns(const Job& job, int64_t n, S* panels, const InverseOf& in
       alignas(64) S tile[kArea];
       S* panel = column_panel(panels, k + 1 + right);
       load_damped_tile(job, n, k + 1 + right, k, tile);
+      prefetch_tile<S>(job.block, (k + 1 + right) * T, (k + 1) * T);
       multiply_tile(above, panel, k * T, S(-1), tile, tile, Part::full);
       multiply_triangle(upper_of(k), tile, panel + k * kArea);
     });
