@@ -8,8 +8,10 @@ from datetime import date
 import torch
 
 
-def commit() -> str:
-    described = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+def commit(tree: str = ".") -> str:
+    described = subprocess.run(
+        ["git", "-C", tree, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
     return described.stdout.strip() or "unknown"
 
 

@@ -133,12 +133,6 @@ class Build:
         return float(self._answer())
 
 
-def described(tree: str) -> str:
-    return subprocess.run(
-        ["git", "-C", tree, "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old")
@@ -149,11 +143,12 @@ def main() -> None:
     options = parser.parse_args()
     import torch
     from ceilings import flops as peak
+    from provenance import commit
 
     torch.set_num_threads(1)
     old, new = Build(options.old), Build(options.new)
     lines = [
-        f"# {described(options.old)} and {described(options.new)} in turns",
+        f"# {commit(options.old)} and {commit(options.new)} in turns",
         "",
         f"One thread, torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. Medians (best).",
         "",

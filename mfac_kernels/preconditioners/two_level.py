@@ -234,7 +234,7 @@ class _Correction:
         product = self.jacobian.vjp(seen * self.weights)
         self.owner._ranks.average(product)
         for p, g, y in zip(product, self.gradients, x, strict=True):
-            p.add_(self.damping * y).neg_().add_(g)
+            p.add_(y, alpha=min(self.damping, torch.finfo(y.dtype).max)).neg_().add_(g)
         return product
 
     def _coarse_product(self, x: Blocks, seen: Tensor) -> Tensor:

@@ -43,17 +43,12 @@ struct InversePasses {
   }
   // Row i of X, in any order, and column i
   void multiply(int64_t i) const {
-    alignas(64) S tile[kArea], mirrored[kArea];
+    alignas(64) S tile[kArea];
     for (int64_t j = 0; j <= i; ++j) {
       prefetch_tile<S, true>(job.out, i * T, j * T);
       prefetch_tile<S, true>(job.out, j * T, i * T);
       multiply_tile(y(i, i), y(i, j), (count - i) * T, S(1), static_cast<const S*>(nullptr), tile, i == j ? Part::upper : Part::full);
-      transpose_tile(tile, mirrored);
-      if (i == j)
-        mirror_upper(tile, mirrored);
-      else
-        store_tile(tile, job.out, n, n, i * T, j * T);
-      store_tile(mirrored, job.out, n, n, j * T, i * T);
+      store_symmetric_tile(tile, job.out, n, i, j);
     }
   }
 };
@@ -71,18 +66,11 @@ void inverse_by_elimination(const Job& job, int64_t n, void* work, Team team) {
   // The result is symmetric: columns next to each other serve as rows.
   const Matrix rows = out.column_stride == 1 ? out : transposed(out);
   for_each(team, tiles_of<S>(n), [&](int64_t i) {
-    constexpr int64_t T = kTile<S>;
     if (rows.column_stride == 1) return spd_store_negated_band(tiles, n, i, static_cast<S*>(rows.data), rows.row_stride);
     for (int64_t j = 0; j <= i; ++j) {
-      alignas(64) S mirrored[kTileArea<S>];
       S* tile = tile_at(tiles, i, j);
       for (int64_t v = 0; v < kTileArea<S>; v += kLanesOf<S>) store(tile + v, -load<Vec<S>>(tile + v));
-      transpose_tile(tile, mirrored);
-      if (i == j)
-        mirror_upper(tile, mirrored);
-      else
-        store_tile(tile, out, n, n, i * T, j * T);
-      store_tile(mirrored, out, n, n, j * T, i * T);
+      store_symmetric_tile(tile, out, n, i, j);
     }
   });
 }

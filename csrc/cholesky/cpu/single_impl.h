@@ -50,6 +50,19 @@ MFAC_INLINE void prefetch_tile(const Matrix& x, int64_t row, int64_t column) {
   for (int64_t r = 0; r < kTile<S>; ++r) __builtin_prefetch(first + r * lines.row_stride * size, written, 2);
 }
 
+// Tiles (i, j) and (j, i) of a symmetric x (n, n); of a tile on the diagonal the upper half is right.
+template <class S>
+MFAC_INLINE void store_symmetric_tile(const S* tile, const Matrix& x, int64_t n, int64_t i, int64_t j) {
+  constexpr int64_t T = kTile<S>;
+  alignas(64) S mirrored[kTileArea<S>];
+  transpose_tile(tile, mirrored);
+  if (i == j)
+    mirror_upper(tile, mirrored);
+  else
+    store_tile(tile, x, n, n, i * T, j * T);
+  store_tile(mirrored, x, n, n, j * T, i * T);
+}
+
 // body(0) ... body(count - 1) by a team of threads, or by this one
 template <class Body>
 void for_each(Team team, int64_t count, const Body& body) {

@@ -145,7 +145,7 @@ MFAC_INLINE f64v widen(const fp16* p) { return widen(half_to_float(load<u16q>(p)
 
 // Several vectors of neighbours
 template <class T, int n>
-MFAC_INLINE void widen_all(const T* p, f64v (&out)[n]) {
+MFAC_INLINE void widen_vectors(const T* p, f64v (&out)[n]) {
 #pragma GCC unroll 4
   for (int i = 0; i < n; ++i) out[i] = widen(p + i * kLanes);
 }
@@ -153,7 +153,7 @@ MFAC_INLINE void widen_all(const T* p, f64v (&out)[n]) {
 // Two vectors at a time: a zero below each element is what one instruction puts there.
 template <int n>
   requires(n % 2 == 0)
-MFAC_INLINE void widen_all(const bf16* p, f64v (&out)[n]) {
+MFAC_INLINE void widen_vectors(const bf16* p, f64v (&out)[n]) {
   typedef uint16_t u16h __attribute__((vector_size(16)));
 #pragma GCC unroll 4
   for (int i = 0; i < n; i += 2) {

@@ -80,20 +80,28 @@ template <class S>
 constexpr int64_t kTileArea = kTile<S> * kTile<S>;
 constexpr int kTileRows = MFAC_ISA_LEVEL == 2 ? 8 : 4;  // rows computed at a time
 // The same where one of the two vectors of a row is enough: with more rows as many sums are in flight.
-template <class S, int kVectors>
-constexpr int kStripRows = kVectors == 1 && MFAC_ISA_LEVEL > 0 ? kLanesOf<S> : kTileRows;
+template <class S>
+constexpr int kStripRows = MFAC_ISA_LEVEL > 0 ? kLanesOf<S> : kTileRows;
 
-// body<rows>(first row) for the strips of a whole tile. With AVX2 they are not of kTileRows, a power of two, but as high as registers
+// body<rows, 2>(first row) for the strips of a whole tile. With AVX2 they are not of kTileRows, a power of two, but as high as registers
 // allow: a core that runs a second thread has latencies to hide.
 template <class S, class Body>
 MFAC_INLINE void for_each_strip(const Body& body) {
   if constexpr (MFAC_ISA_LEVEL == 1 && kTile<S> == 16) {
-    body.template operator()<6>(0);
-    body.template operator()<5>(6);
-    body.template operator()<5>(11);
+    body.template operator()<6, 2>(0);
+    body.template operator()<5, 2>(6);
+    body.template operator()<5, 2>(11);
   } else {
-    for (int64_t r = 0; r < kTile<S>; r += kTileRows) body.template operator()<kTileRows>(r);
+    for (int64_t r = 0; r < kTile<S>; r += kTileRows) body.template operator()<kTileRows, 2>(r);
   }
+}
+// The same for the first `rows` rows, of which those before `both` need both vectors and the others one: body<rows, vectors>(first row)
+template <class S, class Body>
+MFAC_INLINE void for_each_strip(int64_t rows, int64_t both, const Body& body) {
+  if (both == kTile<S>) return for_each_strip<S>(body);
+  int64_t r = 0;
+  for (; r < both; r += kTileRows) body.template operator()<kTileRows, 2>(r);
+  for (; r < rows; r += kStripRows<S>) body.template operator()<kStripRows<S>, 1>(r);
 }
 
 // sum[r][v] += sum_k a[k, r] b[k, vector v]; a row of a is `width` long
@@ -147,22 +155,18 @@ constexpr int64_t kNoZeros = -1;
 template <class S>
 __attribute__((noinline)) void multiply_tile(const S* a, const S* b, int64_t depth, S scale, const S* base, S* out, Part part,
                                              int64_t zeros = kNoZeros) {
-  const auto strip = [&]<int kRows, int kVectors = 2>(int64_t r) {
+  for_each_strip<S>(kTile<S>, part == Part::full ? kTile<S> : kTile<S> / 2, [&]<int kRows, int kVectors>(int64_t r) {
     const int64_t skip = zeros >= 0 ? zeros + r : 0;
     const S* from = base ? base + r * kTile<S> : nullptr;
     multiply_strip<kRows, kVectors>(a + skip * kTile<S> + r, b + skip * kTile<S>, depth - skip, scale, from, out + r * kTile<S>);
-  };
-  if (part == Part::full) return for_each_strip<S>(strip);
-  int64_t r = 0;
-  for (; r < kTile<S> / 2; r += kTileRows) strip.template operator()<kTileRows>(r);
-  for (; r < kTile<S>; r += kStripRows<S, 1>) strip.template operator()<kStripRows<S, 1>, 1>(r);
+  });
 }
 
 // out = l b for a lower triangular l, given as its transpose u (kTile, kTile).
 template <class S>
 __attribute__((noinline)) void multiply_triangle(const S* u, const S* b, S* out) {
-  for_each_strip<S>([&]<int kRows>(int64_t r) {
-    multiply_strip<kRows, 2>(u + r, b, r + kRows, S(1), static_cast<const S*>(nullptr), out + r * kTile<S>);
+  for_each_strip<S>([&]<int kRows, int kVectors>(int64_t r) {
+    multiply_strip<kRows, kVectors>(u + r, b, r + kRows, S(1), static_cast<const S*>(nullptr), out + r * kTile<S>);
   });
 }
 
@@ -260,9 +264,7 @@ __attribute__((noinline)) void transpose_tile(const S* in, S* out) {
   for (int64_t row = 0; row < kTile<S>; row += n)
     for (int64_t column = 0; column < kTile<S>; column += n) {
       Vec<S> v[n];
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) v[i] = load<Vec<S>>(in + (row + i) * kTile<S> + column);
-      transpose_vectors<Vec<S>, n>(v);
+      load_transposed<S>(in + row * kTile<S> + column, kTile<S>, n, n, v);
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) store(out + (column + i) * kTile<S> + row, v[i]);
     }

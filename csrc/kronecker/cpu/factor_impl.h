@@ -31,14 +31,11 @@ template <class S>
 __attribute__((noinline)) void accumulate_tile(const S* a, const S* b, int64_t depth, int64_t rows, int64_t columns, bool diagonal,
                                                S* out) {
   constexpr int64_t n = kLanesOf<S>;
-  const auto strip = [&]<int kRows, int kVectors = 2>(int64_t r, int64_t vector = 0) {
+  const int64_t both = columns <= n ? 0 : diagonal ? n : rows;
+  for_each_strip<S>(rows, both, [&]<int kRows, int kVectors>(int64_t r) {
+    const int64_t vector = kVectors == 1 && columns > n ? n : 0;
     accumulate_strip<kRows, kVectors>(a + r, b + vector, depth, out + r * kTile<S> + vector);
-  };
-  if (rows == kTile<S> && columns > n && !diagonal) return for_each_strip<S>(strip);
-  int64_t r = 0;
-  if (columns > n)
-    for (; r < (diagonal ? n : rows); r += kTileRows) strip.template operator()<kTileRows>(r);
-  for (; r < rows; r += kStripRows<S, 1>) strip.template operator()<kStripRows<S, 1>, 1>(r, columns > n ? n : 0);
+  });
 }
 
 template <class S>

@@ -93,11 +93,10 @@ void gather(const T* x, int64_t channel_step, int64_t pixel_step, int64_t channe
     for (int64_t c = 0; c < channels; c += n)
       for (int64_t next = 0; next < pixels; next += n) {
         const int64_t p = next + n <= pixels || pixels < n ? next : pixels - n;  // the last square covers some pixels twice
-        if (c + n < channels && next % (64 / sizeof(T)) == 0) {
         // A line of each of the next channels, to L2: their runs are too short for the hardware to foresee.
+        if (c + n < channels && next % (64 / sizeof(T)) == 0)
 #pragma GCC unroll 16
           for (int64_t i = 0; i < n; ++i) __builtin_prefetch(x + (c + n + i) * channel_step + p, 0, 2);
-        }
         gather_square<S>(x + c * channel_step + p, channel_step, channels - c < n ? channels - c : n, pixels < n ? pixels : n, to, p, c);
       }
   } else {

@@ -92,14 +92,9 @@ MFAC_INLINE void add_strip(const S* a_panel, const S* b_panel, const Pixels& pix
 template <class S>
 void add_products(const void* a_panel, const void* b_panel, const Pixels& pixels, int64_t rows, int64_t columns, void* out) {
   const S *a = static_cast<const S*>(a_panel), *b = static_cast<const S*>(b_panel);
-  const auto strip = [&]<int kRows, int kVectors = 2>(int64_t row) {
+  for_each_strip<S>(rows, columns > kLanesOf<S> ? rows : 0, [&]<int kRows, int kVectors>(int64_t row) {
     add_strip<kRows, kVectors>(a + row, b, pixels, static_cast<S*>(out) + row * kTile<S>);
-  };
-  if (rows == kTile<S> && columns > kLanesOf<S>) return for_each_strip<S>(strip);
-  if (columns <= kLanesOf<S>)
-    for (int64_t row = 0; row < rows; row += kStripRows<S, 1>) strip.template operator()<kStripRows<S, 1>, 1>(row);
-  else
-    for (int64_t row = 0; row < rows; row += kTileRows) strip.template operator()<kTileRows>(row);
+  });
 }
 
 template <class S>

@@ -15,10 +15,22 @@ static_assert(kLanes <= kWindowPad);
 template <int kVectors>
 constexpr int kStepVectors = kVectors == 1 ? 16 / kLanes : 3;
 
-template <class T, int kCount>
-MFAC_INLINE void prefetch_step(const T* p) {
+// The lines of kCount vectors of kRows rows
+template <int kRows, int kCount, class T>
+MFAC_INLINE void prefetch_rows(const T* p, int64_t stride) {
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-  for (int i = 0; i < kCount * kLanes; i += 64 / sizeof(T)) prefetch(p + i);
+    for (int i = 0; i < kCount * kLanes; i += 64 / sizeof(T)) prefetch(p + r * stride + i);
+}
+
+// Of each of the vectors, chunks apart in memory, the columns from p on
+template <int kVectors, int kTogether>
+MFAC_INLINE void load_columns(const double* p, f64v (&v)[kVectors][kTogether]) {
+#pragma GCC unroll 4
+  for (int i = 0; i < kVectors; ++i)
+#pragma GCC unroll 4
+    for (int q = 0; q < kTogether; ++q) v[i][q] = load<f64v>(p + i * kWindowChunk + q * kLanes);
 }
 
 // kRows x kVectors dot products over n columns. `ahead` rows further down are prefetched.
@@ -29,14 +41,11 @@ MFAC_INLINE void dots_tile(const T* g, int64_t stride, int64_t n, const double* 
   int64_t j = 0;
   const auto step = [&]<int kTogether>() {
     f64v xv[kVectors][kTogether];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-#pragma GCC unroll 4
-      for (int q = 0; q < kTogether; ++q) xv[v][q] = load<f64v>(x + v * kWindowChunk + j + q * kLanes);
+    load_columns(x + j, xv);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       f64v gv[kTogether];
-      widen_all(g + r * stride + j, gv);
+      widen_vectors(g + r * stride + j, gv);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 4
@@ -45,8 +54,7 @@ MFAC_INLINE void dots_tile(const T* g, int64_t stride, int64_t n, const double* 
     j += kTogether * kLanes;
   };
   while (j + kCount * kLanes <= n) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) prefetch_step<T, kCount>(g + r * stride + j + ahead);
+    prefetch_rows<kRows, kCount>(g + j + ahead, stride);
     if constexpr (kVectors == 1) {
       step.template operator()<kCount>();
     } else {
@@ -96,14 +104,11 @@ MFAC_INLINE void combine_tile(const T* g, int64_t stride, int64_t n, const doubl
   int64_t j = 0;
   const auto step = [&]<int kTogether>() {
     f64v sum[kVectors][kTogether];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-#pragma GCC unroll 4
-      for (int q = 0; q < kTogether; ++q) sum[v][q] = load<f64v>(y + v * kWindowChunk + j + q * kLanes);
+    load_columns(y + j, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       f64v gv[kTogether];
-      widen_all(g + r * stride + j, gv);
+      widen_vectors(g + r * stride + j, gv);
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
 #pragma GCC unroll 4
@@ -116,8 +121,7 @@ MFAC_INLINE void combine_tile(const T* g, int64_t stride, int64_t n, const doubl
     j += kTogether * kLanes;
   };
   while (j + kCount * kLanes <= n) {
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) prefetch_step<T, kCount>(g + r * stride + j + ahead);
+    prefetch_rows<kRows, kCount>(g + j + ahead, stride);
     step.template operator()<kCount>();
   }
   while (j + kLanes <= n) step.template operator()<1>();
@@ -141,7 +145,7 @@ void combine(const void* window, int64_t stride, int64_t rows, int64_t n, const 
 }
 
 template <class T>
-void widen_row_of(const void* src, int64_t n, double* out) {
+void widen_all(const void* src, int64_t n, double* out) {
   const T* p = static_cast<const T*>(src);
   int64_t j = 0;
   for (; j + kLanes <= n; j += kLanes) store(out + j, widen(p + j));
@@ -158,7 +162,7 @@ void narrow_all(const double* src, int64_t n, void* out) {
 
 template <class T>
 constexpr WindowKernels window_kernels_of() {
-  return {widen_row_of<T>, narrow_all<T>, dots<T>, combine<T>};
+  return {widen_all<T>, narrow_all<T>, dots<T>, combine<T>};
 }
 constexpr WindowKernels kWindowKernels[kDTypes] = {window_kernels_of<float>(), window_kernels_of<double>(), window_kernels_of<bf16>(),
                                                    window_kernels_of<fp16>()};
