@@ -47,14 +47,14 @@ def test_blocks_that_are_not_finite(n, value, dtype, op, device, instruction_set
     run = getattr(ops, f"cholesky_{op}_ex")
     blocks = spd((20,), n, 4.0, dtype) + torch.eye(n, dtype=dtype)
     clean, _ = run(blocks.to(device), 1.0)
-    blocks[3, n - 1, 0], blocks[11, n // 2, n // 2] = value, value
+    blocks[3, n - 1, 0], blocks[11, n // 2, n // 2], blocks[13, n - 1, n - 1] = value, value, value
     if n > 1:
         blocks[5, 0, 1] = value  # above the diagonal
     damping = torch.ones(20)
     damping[17] = value
     got, info = run(blocks.to(device), damping.to(device))
     bad = torch.zeros(20, dtype=torch.bool)
-    bad[[3, 11, 17]] = True
+    bad[[3, 11, 13, 17]] = True  # 13: no pivot comes after it
     assert info.tolist() == [-1 if b else 0 for b in bad]
     assert bool(got[bad].isnan().all()) and torch.equal(got[~bad], clean[~bad])
     assert run(blocks.to(device), value)[1].tolist() == [-1] * 20
