@@ -181,6 +181,8 @@ class FisherWindow:
         copy_into(self._tensors(), state_dict)
         self._most_seen = self.seen + self.refused  # refusals count: the same rows are read, in the same order
         self._raised_refusals = self.refused
+        if self.device.type != "cpu" and not self._keeps_inverse():
+            ops.core_refactor_(self.gram, self.factor, self.state, *self._shift)
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"window": self.window, "gram": self.gram, "factor": self.factor, "state": self.state}
@@ -228,12 +230,26 @@ class FisherWindow:
         weights = (coefficients[:held] * n).reshape(1, 1, held)
         return ops.window_combine(self.window[:held], weights, dtype=dtype)[0]
 
+    def _by_age(self) -> Tensor:
+        """The slots of the gradients held, the oldest first."""
+        seen = self.seen
+        return torch.arange(max(0, seen - self.ngrads), seen, device=self.device) % self.ngrads
+
     def _gram(self, held: int) -> Tensor:
         """G G^T (held, held) in slot order; the core keeps its rows up to date only towards older slots."""
-        seen = torch.arange(self.seen - held, self.seen, device=self.device)
-        age = torch.empty_like(seen).scatter_(0, seen % self.ngrads, seen)
+        slots = self._by_age()
+        age = torch.empty_like(slots).scatter_(0, slots, torch.arange(held, device=self.device))
         gram = self.gram[:held, :held]
         return torch.where(age[:, None] >= age, gram, gram.mT)
+
+    def _keeps_inverse(self) -> bool:
+        """Whether the factor has its inverse beside it, as the core's ops of a GPU, but not of a CPU, keep it."""
+        slots = self._by_age()
+        halves = self.factor[slots[:, None], slots]
+        inverse = halves.tril(-1) + halves.diagonal().reciprocal().diag()
+        identity = torch.eye(len(slots), dtype=halves.dtype, device=halves.device)
+        # Solves are refined by one step, which squares the difference.
+        return bool((inverse @ halves.triu().mT - identity).abs().lt(1e-6).all())
 
     def _solve(self, b: Tensor) -> Tensor:
         """K^-1 b for rows b (k, held or m) -> (k, m)."""

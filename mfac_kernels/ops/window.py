@@ -9,7 +9,9 @@ Every op works on the current device without a host round trip. The state of a w
 
     window (m, d)   the gradients, a ring, any floating dtype, rows contiguous
     gram   (m, m)   float64, in slot order: gram[p, q] = g_p . g_q for slots p newer than q, or p = q; stale elsewhere
-    factor (m, m)   float64, the Cholesky factor of K in the order of age: factor[q, p] = L[p, q], slots p newer than q
+    factor (m, m)   float64, the Cholesky factor of K in the order of age: factor[q, p] = L[p, q], slots p newer than q;
+                    on a GPU its inverse in the other half, factor[p, q] = L^-1[p, q]: core_refactor_ makes it anew for
+                    a state that comes from a CPU
     state  (2,)     int64, gradients seen and gradients refused; the next slot is seen % m
 
 Arithmetic is float64 throughout: at memory speed it is free, and it is what the subtraction in F^-1 x needs.

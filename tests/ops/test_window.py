@@ -203,6 +203,57 @@ def test_core(m, rounds, shift, per_gradient, seed, instruction_set, device):
     assert float((y - b @ inverse).norm()) <= tolerance * float((b @ inverse).norm() + 1e-300)
 
 
+def core_of(g: Tensor, count: int, shift: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Gram matrix, factor (its inverse in the other half) and state of a full window after `count` inserts."""
+    m = len(g)
+    slots = torch.arange(count, count + m) % m  # by age
+    lower = torch.linalg.cholesky(reference.core(g[slots], shift))
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(m, dtype=g.dtype), upper=False)
+    factor = g.new_empty(m, m)
+    factor[slots[:, None], slots] = lower.mT + inverse.tril(-1)
+    return (g @ g.mT).to(device), factor.to(device), torch.tensor([count, 0], device=device)
+
+
+@pytest.mark.parametrize("m", [33, 300, 1100])  # more rows than warps, than parts of a column, than threads
+def test_core_of_many_gradients(m, instruction_set, device):
+    count, shift = 3 * m + 7, 1.0
+    g, row, b = (random(shape, torch.float64, m) for shape in ((m, 50), (50,), (2, m)))
+    gram, factor, state = core_of(g, count, shift, device)
+    g[count % m] = row
+    newest = ops.core_insert_(gram, factor, state, (g @ row).to(device), shift, False)
+    x = ops.core_solve(factor, state, b.to(device), shift, False).cpu()
+    k = reference.core(g, shift)
+    inverse = torch.linalg.inv(k)
+    tolerance = 20 * (m + 1) * EPS * float(torch.linalg.cond(k))
+    want = inverse[count % m]
+    assert float((newest.cpu() - want).norm()) <= tolerance * float(want.norm())
+    assert float((x - b @ inverse).norm()) <= tolerance * float((b @ inverse).norm())
+
+
+@pytest.mark.parametrize("shift", [1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("kind", ["copies", "few directions", "one direction", "scales"])
+def test_core_of_dependent_gradients_drifts_no_further_than_rounding(kind, shift, instruction_set, device):
+    """L L^T = K entry by entry, relative to the diagonal: a rotation and an append round each row of L to a few eps of
+    its norm, a row meets at most m of them, and its rounding goes with it."""
+    m, d, count = 20, 60, 110
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(3, d, dtype=torch.float64, generator=generator)
+    g, (gram, factor, state) = torch.zeros(m, d, dtype=torch.float64), empty_core(m, device)
+    for t in range(count):
+        row = {
+            "copies": base[0] if t % 2 else torch.randn(d, dtype=torch.float64, generator=generator),
+            "few directions": torch.randn(3, dtype=torch.float64, generator=generator) @ base,
+            "one direction": base[0] * 10.0 ** (t % 5 - 2),
+            "scales": torch.randn(d, dtype=torch.float64, generator=generator) * 10.0 ** (t % 13 - 6),
+        }[kind]
+        g[t % m] = row
+        ops.core_insert_(gram, factor, state, (g @ row).to(device), shift, False)
+    slots = torch.arange(count, count + m) % m
+    k, lower = reference.core(g[slots], shift), factor.cpu()[slots[:, None], slots].triu().mT
+    scale = k.diagonal().sqrt()
+    assert float(((lower @ lower.mT - k) / (scale[:, None] * scale)).abs().max()) <= 8 * m * EPS
+
+
 def test_core_never_fails_on_dependent_gradients(instruction_set, device):
     m, d, shift = 9, 30, 1e-14  # condition 1e21: what float64 holds of K is singular
     gram, factor, state = empty_core(m, device)

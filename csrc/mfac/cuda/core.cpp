@@ -8,6 +8,8 @@
 namespace mfac_kernels {
 namespace {
 
+Tensor core_work(const Tensor& like, int64_t m) { return uninitialised(like, {kCoreWork * m + 1}, ScalarType::Double); }
+
 int64_t* counters(const Tensor& state) { return static_cast<int64_t*>(state.data_ptr()); }
 
 Tensor core_insert_cuda(const Tensor& gram, const Tensor& factor, const Tensor& state, const Tensor& dots, double shift,
@@ -20,7 +22,7 @@ Tensor core_insert_cuda(const Tensor& gram, const Tensor& factor, const Tensor& 
   device.check_same("gram", gram);
   device.check_same("state", state);
   device.check_same("dots", dots);
-  const Tensor coefficients = uninitialised(dots, {m}, ScalarType::Double), work = uninitialised(dots, {2 * m}, ScalarType::Double);
+  const Tensor coefficients = uninitialised(dots, {m}, ScalarType::Double), work = core_work(dots, m);
   device.check_launched(core_insert(doubles_of(gram), doubles_of(factor), counters(state), doubles_of(dots), m, shift, per_gradient,
                                     doubles_of(work), doubles_of(coefficients), device.stream()));
   return coefficients;
@@ -33,8 +35,10 @@ Tensor core_solve_cuda(const Tensor& factor, const Tensor& state, const Tensor& 
   const DeviceOf device(op, factor);
   device.check_same("state", state);
   device.check_same("b", b);
-  const Tensor x = torch::stable::clone(b);
-  device.check_launched(core_solve(doubles_of(factor), counters(state), m, shift, per_gradient, doubles_of(x), b.size(0), device.stream()));
+  const int64_t vectors = b.size(0);
+  const Tensor x = uninitialised(b, {vectors, m}, ScalarType::Double), work = uninitialised(b, {vectors, 2 * m}, ScalarType::Double);
+  device.check_launched(core_solve(doubles_of(factor), counters(state), m, shift, per_gradient, doubles_of(b), doubles_of(work),
+                                   doubles_of(x), vectors, device.stream()));
   return x;
 }
 
@@ -45,7 +49,7 @@ void core_refactor_cuda(const Tensor& gram, const Tensor& factor, const Tensor& 
   const DeviceOf device(op, factor);
   device.check_same("gram", gram);
   device.check_same("state", state);
-  const Tensor work = uninitialised(factor, {2 * m}, ScalarType::Double);
+  const Tensor work = core_work(factor, m);
   device.check_launched(
       core_refactor(doubles_of(gram), doubles_of(factor), counters(state), m, shift, per_gradient, doubles_of(work), device.stream()));
 }

@@ -1,260 +1,253 @@
-// The m x m core of a sliding window on the device: the algorithm and the storage of mfac/cpu/core_impl.h, no number of it read by the
-// host.
+// The m x m core of a sliding window on the device: what mfac/cpu/core_impl.h does, on every SM, no number of it read by the host.
 //
-// One thread block does an insert, and one each right-hand side of a solve. Columns of the factor are taken by panels of 32:
+//   insert     begin; the oldest leaves (core_drop.cuh: residual of p, p, rotations, rotate); the newest is appended
+//   append     l = L^-1 s and x = L^-T l in six passes (core_passes.cuh);   L_nn = sqrt(s_n + shift - |l|^2);
+//              row n of L is l, row n of W is -x / L_nn;   K^-1 e_n = -x / L_nn^2, and 1 / L_nn^2 at n
+//   solve      the six passes
+//   refactor   appends in the order of age
 //
-//   sweep    (drop the oldest, append the newest)   the panel's triangle in one warp: lane r holds row r, rotations are dealt by shuffles;
-//                                                   then every newer row meets the panel's 32 rotations in one thread
-//   back     (L^T x = b)                            each column's dot product with the solved part in one warp; then the triangle in one
+// A launch ends where all of it must be there before anything goes on: eleven for an insert, six for a solve, six m for a refactorisation.
 //
-// Floor: m^2/2 doubles of the factor read and written, 4 m^2 multiply-adds for an update, all on one SM (64 a clock): 36 us at m = 1024 on
-// an H200. Expected: 200-300 us, most of it in the 32 dependent steps (a square root, two divisions) of each of the m/32 triangles: about
-// the time of one pass over 1 GB of window, and hidden behind nothing. What makes it bearable: 3 m/32 barriers in place of m, the loads of
-// 8 columns in flight, neighbouring threads on neighbouring rows, that is on neighbouring addresses. Work vectors are in global memory,
-// which L1 serves, so that m has no limit. per_gradient while the window fills, and a change of the shift, append m times: O(m^3) on one
-// SM.
-#include "common/cuda/launch.h"
+// Floor: m^2 doubles read and written by the rotations and read four times by the passes, 48 MB at m = 1024 out of L2: 10 us on an H200.
+// Expected: 2 to 3 us for each launch, which is the latency of a chain of loads and of the launch, about 30 us. One SM, by substitution,
+// took 903 us there. per_gradient while the window fills appends every gradient again, O(m^3), in one block that loops over the passes:
+// how many there are is known to the device alone.
+#include "mfac/cuda/core_drop.cuh"
 #include "mfac/cuda/core_kernels.h"
 #include "mfac/cuda/seen.cuh"
-#include "mfac/ring.h"
 
 namespace mfac_kernels {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kPanel = kWarpSize;         // columns; a lane each
-constexpr int kPanelStride = kPanel + 1;  // of the triangle in shared memory: rows start in different banks
-constexpr int kTogether = 8;              // columns loaded at a time
+// What an insert or a refactorisation works on. work: kCoreWork vectors of m and the flag of a refusal.
+struct Core {
+  const double* gram;
+  double* factor;
+  const int64_t* state;
+  int64_t m;
+  double shift;
+  bool per_gradient;
+  double* work;
+  double* coefficients;  // null: not wanted
 
-struct Scratch {
-  Shared<double> triangle;              // (kPanel, kPanelStride), row by row
-  Shared<double> cosine, sine, y, sum;  // kPanel each
+  __device__ Ring ring() const { return ring_of(m, seen_of(state), shift, per_gradient); }
+  __device__ double* vector(int i) const { return work + i * m; }
+  __device__ Rotations rotations() const { return {vector(3), vector(4), vector(5), vector(6)}; }
+  __device__ double& refused() const { return work[kCoreWork * m]; }
 };
 
-// triangle <- rows and columns [first, first + n) of L, for neighbouring threads down a column; above the diagonal it stays as it is
-__device__ __forceinline__ void load_triangle(const double* factor, Slots slots, int64_t first, int n, Shared<double> triangle) {
-  for (int i = threadIdx.x; i < n * kPanel; i += kThreads) {
-    const int row = i % kPanel, column = i / kPanel;
-    if (row < n && row >= column) triangle[row * kPanelStride + column] = factor[slots(first + column) * slots.m + slots(first + row)];
-  }
-  __syncthreads();
+constexpr int kSerialThreads = 1024;  // of kernels of one block, a gradient each
+constexpr int64_t kNewest = -1;
+
+// One gradient to append: to `older` by the row of its slot in the Gram matrix.
+struct Append {
+  Ring ring;
+  Span older;  // count < 0: nothing to do
+  int64_t slot;
+  SolveVectors vectors;
+};
+
+// age: position of the gradient in the ring, or kNewest
+__device__ __forceinline__ Append append_of(const Core& core, int64_t age) {
+  const Ring ring = core.ring();
+  const bool skip = age == kNewest ? core.refused() != 0 : age >= ring.filled;
+  const int64_t position = age == kNewest ? ring.filled - 1 : age, slot = skip ? 0 : ring.slots(position);
+  return {ring, {ring.slots, skip ? -1 : position}, slot, {core.gram + slot * core.m, core.vector(0), core.vector(1), core.vector(2)}};
 }
 
-// L L^T <- L L^T + v v^T (if kUpdate) and b <- L^-1 b over the `count` oldest positions; b becomes row `slot` of L (if slot >= 0).
-template <bool kUpdate>
-__device__ __forceinline__ void sweep(double* factor, Slots slots, int64_t count, double* v, double* b, int64_t slot, const Scratch& s) {
-  const int64_t m = slots.m;
-  for (int64_t first = 0; first < count; first += kPanel) {
-    const int n = static_cast<int>(min(int64_t(kPanel), count - first));
-    load_triangle(factor, slots, first, n, s.triangle);
-    if (warp_of_thread() == 0) {
-      const int row = lane_of_thread();
-      const bool inside = row < n;
-      const int64_t p = slots(first + (inside ? row : 0));
-      double vp = kUpdate && inside ? v[p] : 0, bp = inside ? b[p] : 0;
-      for (int column = 0; column < n; ++column) {
-        double l = inside && row >= column ? s.triangle[row * kPanelStride + column] : 0, cosine = 1, sine = 0;
-        double pivot = read_lane(l, column);
-        if constexpr (kUpdate) {
-          const double vc = read_lane(vp, column), norm = sqrt(pivot * pivot + vc * vc);
-          cosine = pivot / norm;
-          sine = vc / norm;
-          const double rotated = cosine * l + sine * vp;
-          vp = cosine * vp - sine * l;
-          l = row == column ? norm : rotated;
-          pivot = norm;
-          if (inside && row >= column) s.triangle[row * kPanelStride + column] = l;
-        }
-        const double y = read_lane(bp, column) / pivot;
-        bp = row > column ? bp - y * l : row == column ? y : bp;
-        if (row == 0) {
-          s.cosine[column] = cosine;
-          s.sine[column] = sine;
-          s.y[column] = y;
-        }
-      }
-      if (inside) {
-        b[p] = bp;
-        if (slot >= 0) factor[p * m + slot] = bp;
-      }
-    }
-    __syncthreads();
-    if constexpr (kUpdate) {
-      for (int i = threadIdx.x; i < n * kPanel; i += kThreads) {
-        const int row = i % kPanel, column = i / kPanel;
-        if (row < n && row >= column) factor[slots(first + column) * m + slots(first + row)] = s.triangle[row * kPanelStride + column];
-      }
-    }
-    for (int64_t position = first + n + threadIdx.x; position < count; position += kThreads) {
-      const int64_t p = slots(position);
-      double vp = kUpdate ? v[p] : 0, bp = b[p];
-      for (int column = 0; column < n; column += kTogether) {
-        double l[kTogether];
-#pragma unroll
-        for (int c = 0; c < kTogether; ++c) l[c] = column + c < n ? factor[slots(first + column + c) * m + p] : 0;
-#pragma unroll
-        for (int c = 0; c < kTogether; ++c) {
-          if (column + c >= n) continue;
-          if constexpr (kUpdate) {
-            const double cosine = s.cosine[column + c], sine = s.sine[column + c], rotated = cosine * l[c] + sine * vp;
-            vp = cosine * vp - sine * l[c];
-            l[c] = rotated;
-            factor[slots(first + column + c) * m + p] = rotated;
-          }
-          bp -= s.y[column + c] * l[c];
-        }
-      }
-      if constexpr (kUpdate) v[p] = vp;
-      b[p] = bp;
-    }
-    __syncthreads();
-  }
-}
-
-// x <- L^-T x over the `count` oldest positions, newest panels first
-__device__ __forceinline__ void back_substitute(const double* factor, Slots slots, int64_t count, double* x, const Scratch& s) {
-  const int64_t m = slots.m;
-  for (int64_t end = count; end > 0; end -= min(end, int64_t(kPanel))) {
-    const int n = static_cast<int>(min(int64_t(kPanel), end));
-    const int64_t first = end - n;
-    for (int column = warp_of_thread(); column < n; column += kWarps) {
-      const double* l = factor + slots(first + column) * m;
-      double sum = 0;
-      for (int64_t position = end + lane_of_thread(); position < count; position += kWarpSize) {
-        const int64_t p = slots(position);
-        sum += l[p] * x[p];
-      }
-      sum = warp_sum(sum);
-      if (lane_of_thread() == 0) s.sum[column] = sum;
-    }
-    load_triangle(factor, slots, first, n, s.triangle);
-    if (warp_of_thread() == 0) {
-      const int column = lane_of_thread();
-      const bool inside = column < n;
-      const int64_t p = slots(first + (inside ? column : 0));
-      double rest = inside ? x[p] - s.sum[column] : 0;
-      for (int row = n - 1; row >= 0; --row) {
-        const double solved = read_lane(rest, row) / s.triangle[row * kPanelStride + row];
-        if (column == row) rest = solved;
-        if (column < row) rest -= s.triangle[row * kPanelStride + column] * solved;
-      }
-      if (inside) x[p] = rest;
-    }
-    __syncthreads();
-  }
-}
-
-// Replaces the gradient in `slot` (absent: a zero row) by one with Gram row `dots`; `older` slots before it hold gradients. With
-// drop_oldest the slot held the oldest gradient, which leaves the factor. work: 2 m.
-__device__ __forceinline__ void replace(double* factor, int64_t m, int64_t slot, int64_t older, bool drop_oldest, const double* dots,
-                                        double shift, double* work, const Scratch& s) {
-  double *v = work, *b = work + m;
-  const Slots slots = {m, slot >= older ? slot - older : slot + m - older};
-  for (int64_t p = threadIdx.x; p < m; p += kThreads) {
-    b[p] = dots[p];
-    if (drop_oldest) v[p] = factor[slot * m + p];
-  }
-  __syncthreads();
-  if (drop_oldest)
-    sweep<true>(factor, slots, older, v, b, slot, s);
-  else
-    sweep<false>(factor, slots, older, nullptr, b, slot, s);
+// The newest row of L and W from l = y and x = L^-T l, whose last pass this is.
+__device__ __forceinline__ void append(const Core& core, const Append& a, Shared<double> sums) {
+  const int64_t m = core.m;
+  const SolveVectors& v = a.vectors;
   double square = 0;
-  for (int64_t position = threadIdx.x; position < older; position += kThreads) {
-    const double l = b[slots(position)];
+  for (int64_t position = threadIdx.x; position < a.older.count; position += kCoreThreads) {
+    const double l = v.y[a.older.slots(position)];
     square += l * l;
   }
-  square = block_sum(square, s.sum);
-  if (threadIdx.x == 0) {
-    // K - shift I is positive semidefinite: no pivot is below shift, nor below the rounding of the sum it comes from.
-    const double whole = dots[slot] + shift, least = max(shift, static_cast<double>(m) * 0x1p-52 * whole);
-    factor[slot * m + slot] = sqrt(max(whole - square, least));
-  }
+  square = block_sum(square, sums);
   __syncthreads();
-}
-
-__device__ __forceinline__ void refactor(const double* gram, double* factor, const Ring& ring, double* work, const Scratch& s) {
-  const int64_t m = ring.slots.m;
-  for (int64_t i = threadIdx.x; i < m * m; i += kThreads) factor[i] = 0;
-  __syncthreads();
-  for (int64_t age = 0; age < ring.filled; ++age) {
-    const int64_t slot = ring.slots(age);
-    replace(factor, m, slot, age, false, gram + slot * m, ring.shift, work, s);
+  // K - shift I is positive semidefinite: no pivot is below shift, nor below the rounding of the sum it comes from.
+  const double whole = v.b[a.slot] + a.ring.shift, least = max(a.ring.shift, static_cast<double>(m) * 0x1p-52 * whole);
+  const double pivot = sqrt(max(whole - square, least));
+  column_products<Half::inverse>(core.factor, a.older, v.r, sums, [&](int64_t p, double sum) {
+    const double w = -(v.x[p] + sum) / pivot;
+    core.factor[a.slot * m + p] = w;
+    core.factor[p * m + a.slot] = v.y[p];
+    if (core.coefficients != nullptr) core.coefficients[p] = w / pivot;
+  });
+  if (blockIdx.x == 0 && threadIdx.x == 0) {
+    core.factor[a.slot * m + a.slot] = pivot;
+    if (core.coefficients != nullptr) core.coefficients[a.slot] = 1 / pivot / pivot;
   }
 }
 
-#define MFAC_CORE_SCRATCH(name)                        \
-  MFAC_SHARED(double, triangle, kPanel* kPanelStride); \
-  MFAC_SHARED(double, cosine, kPanel);                 \
-  MFAC_SHARED(double, sine, kPanel);                   \
-  MFAC_SHARED(double, y, kPanel);                      \
-  MFAC_SHARED(double, sum, kWarpSize);                 \
-  const Scratch name = {triangle, cosine, sine, y, sum}
-
-__global__ void __launch_bounds__(kThreads, 1) insert_kernel(double* gram, double* factor, int64_t* state, const double* dots, int64_t m,
-                                                             double shift, bool per_gradient, double* work, double* coefficients) {
-  MFAC_CORE_SCRATCH(scratch);
+// Counts the gradient or refuses it, stores its row of the Gram matrix, and takes p of the one it replaces from W. One block.
+__global__ void __launch_bounds__(kSerialThreads, 1) begin_kernel(Core core, double* gram, int64_t* state, const double* dots) {
+  const int64_t m = core.m;
   int refused = 0;
-  for (int64_t p = threadIdx.x; p < m; p += kThreads) {
+  for (int64_t p = threadIdx.x; p < m; p += kSerialThreads) {
     refused |= !isfinite(dots[p]);
-    coefficients[p] = 0;
+    core.coefficients[p] = 0;
   }
   refused = __syncthreads_or(refused);
-  const int64_t seen = seen_of(state);
+  const int64_t seen = seen_of(state), slot = seen % m;
   __syncthreads();  // until every thread has read the state
-  if (threadIdx.x == 0) ++state[refused ? 1 : 0];
-  if (refused) return;
-
-  const bool full = seen >= m;
-  const int64_t slot = seen % m;
-  for (int64_t p = threadIdx.x; p < m; p += kThreads) gram[slot * m + p] = dots[p];
-  const Ring ring = ring_of(m, seen + 1, shift, per_gradient);
-  if (per_gradient && !full && ring.filled > 1) {
-    __syncthreads();
-    refactor(gram, factor, ring, work, scratch);  // the shift grows with every gradient until the window is full
-  } else {
-    replace(factor, m, slot, ring.filled - 1, full, dots, ring.shift, work, scratch);
+  if (threadIdx.x == 0) {
+    ++state[refused ? 1 : 0];
+    core.refused() = refused;
   }
-  if (threadIdx.x == 0) coefficients[slot] = 1 / factor[slot * m + slot];
-  __syncthreads();
-  back_substitute(factor, ring.slots, ring.filled, coefficients, scratch);
+  if (refused) return;
+  const Rotations rotations = core.rotations();
+  for (int64_t p = threadIdx.x; p < m; p += kSerialThreads) {
+    gram[slot * m + p] = dots[p];
+    if (seen >= m) rotations.p[p] = -core.factor[p * m + slot] * core.factor[slot * m + slot];
+  }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    solve_kernel(double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, double* all) {
-  MFAC_CORE_SCRATCH(scratch);
-  const Ring ring = ring_of(m, seen_of(state), shift, per_gradient);
-  double* x = all + blockIdx.x * m;
-  sweep<false>(factor, ring.slots, ring.filled, nullptr, x, -1, scratch);
-  back_substitute(factor, ring.slots, ring.filled, x, scratch);
-  for (int64_t position = ring.filled + threadIdx.x; position < m; position += kThreads) x[ring.slots(position)] /= ring.shift;
+enum class Drop { residual, refine, rotate };
+
+// The gradients that stay where one is replaced; count < 0: none is.
+__device__ __forceinline__ Span staying(const Core& core, const Append& a) {
+  return {a.older.slots, seen_of(core.state) > core.m ? a.older.count : -1};
 }
 
-__global__ void __launch_bounds__(kThreads, 1)
-    refactor_kernel(const double* gram, double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, double* work) {
-  MFAC_CORE_SCRATCH(scratch);
-  refactor(gram, factor, ring_of(m, seen_of(state), shift, per_gradient), work, scratch);
+template <Drop step>
+__global__ void __launch_bounds__(kCoreThreads, 1) drop_kernel(Core core) {
+  MFAC_SHARED(double, sums, kPartSums);
+  MFAC_SHARED(double, more_sums, kPartSums);
+  const Append a = append_of(core, kNewest);
+  const Span span = staying(core, a);
+  if (span.count < 0) return;
+  const Rotations rotations = core.rotations();
+  const double* v = core.factor + a.slot * core.m;
+  double* residual = a.vectors.r;
+  if constexpr (step == Drop::residual)
+    column_products<Half::factor>(core.factor, span, rotations.p, sums, [&](int64_t p, double sum) { residual[p] = v[p] - sum; });
+  if constexpr (step == Drop::refine)
+    row_products<Half::inverse>(core.factor, span, residual, [&](int64_t p, double sum) { rotations.p[p] += sum; });
+  if constexpr (step == Drop::rotate) rotate(core.factor, span, v, rotations, sums, more_sums);
+}
+
+__global__ void __launch_bounds__(kSerialThreads, 1) find_rotations_kernel(Core core) {
+  MFAC_SHARED(double, scratch, kWarpSize);
+  const Span span = staying(core, append_of(core, kNewest));
+  if (span.count >= 0) find_rotations(span, core.rotations(), scratch);
+}
+
+template <Pass pass>
+__global__ void __launch_bounds__(kCoreThreads, 1) append_kernel(Core core, int64_t age) {
+  MFAC_SHARED(double, sums, kPartSums);
+  const Append a = append_of(core, age);
+  if (a.older.count < 0) return;
+  if constexpr (pass == Pass::back_refined)
+    append(core, a, sums);
+  else
+    solve_pass<pass>(core.factor, a.older, a.vectors, sums);
+}
+
+template <Pass pass>
+__global__ void __launch_bounds__(kCoreThreads, 1) solve_kernel(Core core, const double* b, double* work, double* x, int64_t vectors) {
+  MFAC_SHARED(double, sums, kPartSums);
+  const int64_t m = core.m;
+  const Ring ring = core.ring();
+  for (int64_t i = blockIdx.y; i < vectors; i += gridDim.y) {
+    const SolveVectors v = {b + i * m, work + 2 * i * m, work + (2 * i + 1) * m, x + i * m};
+    solve_pass<pass>(core.factor, {ring.slots, ring.filled}, v, sums);
+    if (pass != Pass::back_refined) continue;
+    const int64_t first = ring.filled + int64_t(blockIdx.x) * kCoreThreads + threadIdx.x, step = int64_t(gridDim.x) * kCoreThreads;
+    for (int64_t position = first; position < m; position += step) v.x[ring.slots(position)] = v.b[ring.slots(position)] / ring.shift;
+  }
+}
+
+// The older gradients of a window that fills, under a shift that has grown. One block.
+__global__ void __launch_bounds__(kCoreThreads, 1) refill_kernel(Core core) {
+  MFAC_SHARED(double, sums, kPartSums);
+  if (core.refused() != 0 || seen_of(core.state) > core.m) return;
+  core.coefficients = nullptr;
+  const int64_t older = core.ring().filled - 1;
+  for (int64_t age = 0; age < older; ++age) {
+    const Append a = append_of(core, age);
+    const auto pass = [&]<Pass p>() {
+      solve_pass<p>(core.factor, a.older, a.vectors, sums);
+      __syncthreads();
+    };
+    pass.template operator()<Pass::forward>();
+    pass.template operator()<Pass::forward_residual>();
+    pass.template operator()<Pass::forward_refined>();
+    pass.template operator()<Pass::back>();
+    pass.template operator()<Pass::back_residual>();
+    append(core, a, sums);
+    __syncthreads();
+  }
+}
+
+// Launches until one fails.
+class Launches {
+ public:
+  explicit Launches(cudaStream_t stream) : stream_(stream) {}
+  template <class... Parameters, class... Arguments>
+  void operator()(void (*kernel)(Parameters...), dim3 grid, int threads, const Arguments&... arguments) {
+    if (error_ == cudaSuccess) error_ = launch(kernel, grid, dim3(threads), 0, stream_, arguments...);
+  }
+  cudaError_t error() const { return error_; }
+
+ private:
+  cudaStream_t stream_;
+  cudaError_t error_ = cudaSuccess;
+};
+
+unsigned blocks_for(int64_t m) { return static_cast<unsigned>((m + kColumns - 1) / kColumns); }
+
+void launch_append(Launches& run, const Core& core, int64_t age) {
+  const dim3 grid(blocks_for(core.m));
+  run(append_kernel<Pass::forward>, grid, kCoreThreads, core, age);
+  run(append_kernel<Pass::forward_residual>, grid, kCoreThreads, core, age);
+  run(append_kernel<Pass::forward_refined>, grid, kCoreThreads, core, age);
+  run(append_kernel<Pass::back>, grid, kCoreThreads, core, age);
+  run(append_kernel<Pass::back_residual>, grid, kCoreThreads, core, age);
+  run(append_kernel<Pass::back_refined>, grid, kCoreThreads, core, age);
 }
 
 }  // namespace
 
 cudaError_t core_insert(double* gram, double* factor, int64_t* state, const double* dots, int64_t m, double shift, bool per_gradient,
                         double* work, double* coefficients, cudaStream_t stream) {
-  return launch(insert_kernel, dim3(1), dim3(kThreads), 0, stream, gram, factor, state, dots, m, shift, per_gradient, work, coefficients);
+  const Core core = {gram, factor, state, m, shift, per_gradient, work, coefficients};
+  const dim3 grid(blocks_for(m));
+  Launches run(stream);
+  run(begin_kernel, dim3(1), kSerialThreads, core, gram, state, dots);
+  if (per_gradient) run(refill_kernel, dim3(1), kCoreThreads, core);
+  run(drop_kernel<Drop::residual>, grid, kCoreThreads, core);
+  run(drop_kernel<Drop::refine>, grid, kCoreThreads, core);
+  run(find_rotations_kernel, dim3(1), kSerialThreads, core);
+  run(drop_kernel<Drop::rotate>, grid, kCoreThreads, core);
+  launch_append(run, core, kNewest);
+  return run.error();
 }
 
-cudaError_t core_solve(const double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, double* x, int64_t vectors,
-                       cudaStream_t stream) {
+cudaError_t core_solve(const double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient, const double* b,
+                       double* work, double* x, int64_t vectors, cudaStream_t stream) {
   if (vectors == 0) return cudaSuccess;
-  // Without an update the factor is only read.
-  return launch(solve_kernel, dim3(static_cast<unsigned>(vectors)), dim3(kThreads), 0, stream, const_cast<double*>(factor), state, m, shift,
-                per_gradient, x);
+  // Solves only read the factor.
+  const Core core = {nullptr, const_cast<double*>(factor), state, m, shift, per_gradient, nullptr, nullptr};
+  constexpr int64_t kMostRows = 65535;  // of a grid
+  const dim3 grid(blocks_for(m), static_cast<unsigned>(vectors < kMostRows ? vectors : kMostRows));
+  Launches run(stream);
+  run(solve_kernel<Pass::forward>, grid, kCoreThreads, core, b, work, x, vectors);
+  run(solve_kernel<Pass::forward_residual>, grid, kCoreThreads, core, b, work, x, vectors);
+  run(solve_kernel<Pass::forward_refined>, grid, kCoreThreads, core, b, work, x, vectors);
+  run(solve_kernel<Pass::back>, grid, kCoreThreads, core, b, work, x, vectors);
+  run(solve_kernel<Pass::back_residual>, grid, kCoreThreads, core, b, work, x, vectors);
+  run(solve_kernel<Pass::back_refined>, grid, kCoreThreads, core, b, work, x, vectors);
+  return run.error();
 }
 
 cudaError_t core_refactor(const double* gram, double* factor, const int64_t* state, int64_t m, double shift, bool per_gradient,
                           double* work, cudaStream_t stream) {
-  return launch(refactor_kernel, dim3(1), dim3(kThreads), 0, stream, gram, factor, state, m, shift, per_gradient, work);
+  const Core core = {gram, factor, state, m, shift, per_gradient, work, nullptr};
+  Launches run(stream);
+  for (int64_t age = 0; age < m; ++age) launch_append(run, core, age);
+  return run.error();
 }
 
 }  // namespace mfac_kernels
