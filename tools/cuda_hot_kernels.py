@@ -32,6 +32,7 @@ def _register(result: int, last: int, threads: int, first: int) -> HotKernel:
 
 
 _FMA = {128: "FmaTile<128, 64, 8, 4, 16>", 64: "FmaTile<64, 64, 4, 4, 32>", 32: "FmaTile<32, 32, 4, 4, 16>"}
+_TOTALS = 128 * 64 * 8  # of a tile, in float64
 _SQUARE = 64 * 16 * 16  # bytes of kSquareBytes, float32
 
 HOT_KERNELS = [
@@ -53,8 +54,8 @@ HOT_KERNELS = [
     HotKernel("begin_kernel", 1024, (0, 0), serial=True),
     HotKernel("find_rotations_kernel", 1024, (0, 0), serial=True),
     # Fixed gradients: elements one by one, of any stride and alignment
-    HotKernel(f"gram_kernel<float, float, {_FMA[128]} >", 256, (12, 4), multiply_adds=512),
-    HotKernel(f"gram_kernel<bf16, float, {_FMA[128]} >", 256, (12, 2), multiply_adds=512),
+    HotKernel(f"gram_kernel<float, float, {_FMA[128]} >", 256, (12, 4), multiply_adds=512, dynamic=_TOTALS),
+    HotKernel(f"gram_kernel<bf16, float, {_FMA[128]} >", 256, (12, 2), multiply_adds=512, dynamic=_TOTALS),
     HotKernel(f"gram_kernel<float, float, {_FMA[64]} >", 256, (16, 4), multiply_adds=512),
     HotKernel(f"gram_kernel<float, float, {_FMA[32]} >", 64, (16, 4), multiply_adds=256),
     HotKernel("gram_kernel<float, double, MmaTile<128, 64, 4, 2, 8> >", 256, (6, 4), tensor="DMMA"),

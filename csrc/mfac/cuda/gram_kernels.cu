@@ -31,9 +31,32 @@ struct GramArguments {
   double* sums;  // (blocks, segments, m, m), of which the lower triangles are written
 };
 
+// The totals of a thread: in registers, or, where an SM would have room for one block of 8 warps then, in shared memory, those of
+// neighbours side by side.
+template <class Tile>
+constexpr bool kTotalsInShared = sizeof(typename Tile::S) < sizeof(double) && Tile::kRows == 128;
+template <class Tile>
+constexpr int kGramBlocks = kTotalsInShared<Tile> ? 2 : 1;  // on an SM, at least
+
+template <class Tile>
+struct RegisterTotals {
+  double values[Tile::kSums];
+  __device__ __forceinline__ explicit RegisterTotals(Shared<double>) {}
+  __device__ __forceinline__ double& operator[](int i) { return values[i]; }
+};
+template <class Tile>
+struct SharedTotals {
+  Shared<double> first;
+  __device__ __forceinline__ explicit SharedTotals(Shared<double> totals) : first(totals + static_cast<int>(threadIdx.x)) {}
+  __device__ __forceinline__ double& operator[](int i) { return first[i * Tile::kThreads]; }
+};
+template <class Tile>
+using Totals = std::conditional_t<kTotalsInShared<Tile>, SharedTotals<Tile>, RegisterTotals<Tile>>;
+
 template <class T, class S, class Tile>
-__global__ void __launch_bounds__(Tile::kThreads) gram_kernel(const GramArguments a) {
+__global__ void __launch_bounds__(Tile::kThreads, kGramBlocks<Tile>) gram_kernel(const GramArguments a) {
   MFAC_SHARED(S, stages, kStageElements<Tile>);
+  MFAC_DYNAMIC_SHARED(double, totals);
   using Lower = LowerTiles<Tile>;
   const int64_t m = a.g.rows, tiles = Lower::count(m);
   for (int64_t task = blockIdx.x; task < a.blocks * a.segments * tiles; task += gridDim.x) {
@@ -46,7 +69,9 @@ __global__ void __launch_bounds__(Tile::kThreads) gram_kernel(const GramArgument
       return Operand<T, Layout::rows>{static_cast<const T*>(a.g.data) + r * a.g.stride + begin, a.g.stride, m - r, depth, 0};
     };
     S sum[Tile::kSums] = {};
-    double total[Tile::kSums] = {};
+    Totals<Tile> total(totals);
+#pragma unroll
+    for (int s = 0; s < Tile::kSums; ++s) total[s] = 0;
     const auto flush = [&] {
 #pragma unroll
       for (int s = 0; s < Tile::kSums; ++s) {
@@ -115,8 +140,9 @@ cudaError_t gram(const DeviceRows& g, int64_t block_size, bool double_precision,
       return for_size(g.rows, [&]<int kSize> {
         using Tile = ProductTile<S, kSize>;
         const GramArguments arguments = {g, block_size, blocks, segments, partial};
-        return launch(gram_kernel<T, S, Tile>, dim3(grid_of(blocks * segments * LowerTiles<Tile>::count(g.rows))), dim3(Tile::kThreads), 0,
-                      stream, arguments);
+        const size_t totals = kTotalsInShared<Tile> ? sizeof(double) * Tile::kThreads * Tile::kSums : 0;
+        return launch(gram_kernel<T, S, Tile>, dim3(grid_of(blocks * segments * LowerTiles<Tile>::count(g.rows))), dim3(Tile::kThreads),
+                      totals, stream, arguments);
       });
     };
     if constexpr (!std::is_same_v<T, double>)

@@ -125,41 +125,43 @@ struct Operand {
   int64_t stride, count, depth, diagonal;  // count rows, of which the tile may have more
 };
 
-// Elements of a stage of kSize rows, as the threads of a block share them.
+// Elements of a stage of kSize rows, as the threads of a block share them: element e of a thread lies (i(e), k(e)) from its first.
 template <class Tile, int kSize, class T, Layout kLayout, Shape kShape>
 struct Staging {
   static constexpr int kElements = kSize * Tile::kDepth / Tile::kThreads;
-  T values[kElements];
+  static constexpr bool kInRows = kLayout == Layout::rows;
+  static constexpr int kRun = kInRows ? 8 : kSize;                     // neighbours in memory
+  static constexpr int kRuns = Tile::kThreads / kRun;                  // that the block loads at a time
+  static constexpr int kPasses = kInRows ? kSize / kRuns : kElements;  // until they have met every row, or the whole depth
+  static_assert(!kInRows || kSize % kRuns == 0);
+  T values[kElements] = {};
 
-  struct At {
-    int i, k;
-  };
-  static __device__ __forceinline__ At at(int element) {
-    const int x = element * Tile::kThreads + static_cast<int>(threadIdx.x);
-    if constexpr (kLayout == Layout::rows)
-      return {x / 8 % kSize, x % 8 + x / 8 / kSize * 8};
-    else
-      return {x % kSize, x / kSize};
+  static __device__ __forceinline__ int first_i() { return static_cast<int>(threadIdx.x) / (kInRows ? kRun : 1) % kSize; }
+  static __device__ __forceinline__ int first_k() {
+    return kInRows ? static_cast<int>(threadIdx.x) % kRun : static_cast<int>(threadIdx.x) / kRun;
   }
+  static __device__ constexpr int i(int e) { return kInRows ? e % kPasses * kRuns : 0; }
+  static __device__ constexpr int k(int e) { return kInRows ? e / kPasses * kRun : e * kRuns; }
 
   __device__ __forceinline__ void fetch(const Operand<T, kLayout, kShape>& a, int64_t first) {
-    const int depth = static_cast<int>(min(int64_t(Tile::kDepth), a.depth - first));
-    const int count = static_cast<int>(min(int64_t(kSize), a.count));
+    const int depth = static_cast<int>(min(int64_t(Tile::kDepth), a.depth - first)) - first_k();
+    const int count = static_cast<int>(min(int64_t(kSize), a.count)) - first_i();
+    const int64_t diagonal = a.diagonal + first_i() - first - first_k();
+    const T* from = a.data + (kInRows ? first_i() * a.stride + first + first_k() : (first + first_k()) * a.stride + first_i());
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      const auto [i, k] = at(e);
-      bool inside = i < count && k < depth;
-      if constexpr (kShape == Shape::lower) inside = inside && first + k <= i + a.diagonal;
-      const int64_t from = kLayout == Layout::rows ? i * a.stride + first + k : (first + k) * a.stride + i;
-      values[e] = inside ? a.data[from] : T{};
+    for (int pass = 0; pass < kPasses; ++pass, from += kRuns * a.stride) {
+#pragma unroll
+      for (int e = pass; e < kElements; e += kPasses) {
+        bool inside = i(e) < count && k(e) < depth;
+        if constexpr (kShape == Shape::lower) inside = inside && k(e) <= i(e) + diagonal;
+        values[e] = inside ? from[kInRows ? k(e) : 0] : T{};
+      }
     }
   }
   __device__ __forceinline__ void store(Shared<typename Tile::S> stage) const {
+    const Shared<typename Tile::S> first = stage + (first_k() * Tile::kStride + first_i());
 #pragma unroll
-    for (int e = 0; e < kElements; ++e) {
-      const auto [i, k] = at(e);
-      stage[k * Tile::kStride + i] = static_cast<typename Tile::S>(widen(values[e]));
-    }
+    for (int e = 0; e < kElements; ++e) first[k(e) * Tile::kStride + i(e)] = static_cast<typename Tile::S>(widen(values[e]));
   }
 };
 

@@ -20,18 +20,27 @@ struct CombineArguments {
   double beta, alpha;
 };
 
-// sum += rows [i, i + kRows) times their coefficients, which are `rows` apart from vector to vector
-template <int kRows, int kVectors, int kColumns, class T, class Load>
-__device__ __forceinline__ void combine_rows(const T* g, int64_t stride, const Load& load, const double* const (&coefficients)[kVectors],
-                                             int64_t i, Lift<T> (&lift)[kColumns], double (&sum)[kVectors][kColumns]) {
-  Pack<T, kColumns> pack[kRows];
+template <class T, int kRows, int kColumns>
+struct Rows {
+  Pack<T, kColumns> packs[kRows];
+};
+template <int kRows, int kColumns, class T, class Load>
+__device__ __forceinline__ Rows<T, kRows, kColumns> load_rows(const T* g, int64_t stride, int64_t i, const Load& load) {
+  Rows<T, kRows, kColumns> rows;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) pack[r] = load(g + (i + r) * stride);
+  for (int r = 0; r < kRows; ++r) rows.packs[r] = load(g + (i + r) * stride);
+  return rows;
+}
+
+// sum += rows [i, i + kRows) times their coefficients, which are `rows` apart from vector to vector
+template <int kRows, int kVectors, int kColumns, class T>
+__device__ __forceinline__ void combine_rows(const Rows<T, kRows, kColumns>& rows, const double* const (&coefficients)[kVectors], int64_t i,
+                                             Lift<T> (&lift)[kColumns], double (&sum)[kVectors][kColumns]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     double value[kColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) value[c] = lift[c](pack[r].values[c]);
+    for (int c = 0; c < kColumns; ++c) value[c] = lift[c](rows.packs[r].values[c]);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const double coefficient = coefficients[v][i + r] * Lift<T>::kScale;
@@ -42,16 +51,31 @@ __device__ __forceinline__ void combine_rows(const T* g, int64_t stride, const L
 }
 
 // This warp's share of the rows, whose elements are load(row)
-template <int kVectors, int kColumns, class T, class Load>
+template <bool kAhead, int kVectors, int kColumns, class T, class Load>
 __device__ __forceinline__ void combine_warp(const T* g, int64_t stride, int64_t rows, const Load& load,
                                              const double* const (&coefficients)[kVectors], double (&sum)[kVectors][kColumns]) {
-  constexpr int kRows = WindowTile<T, kVectors>::kRows;
+  constexpr int kRows = WindowTile<T, kVectors>::kRows, kStep = kWarps * kRows;
   const int warp = warp_of_thread();
   const int64_t whole = rows / kRows * kRows;
   Lift<T> lift[kColumns];
+  int64_t i = warp * kRows;
+  const auto load_at = [&](int64_t at) { return load_rows<kRows, kColumns>(g, stride, at, load); };
+  if constexpr (kAhead) {
+    if (i < whole) {
+      auto at_hand = load_at(i);
+#pragma unroll 1
+      for (; i + kStep < whole; i += kStep) {
+        const auto next = load_at(i + kStep);
+        combine_rows(at_hand, coefficients, i, lift, sum);
+        at_hand = next;
+      }
+      combine_rows(at_hand, coefficients, i, lift, sum);
+    }
+  } else {
 #pragma unroll 1  // as in pass 1
-  for (int64_t i = warp * kRows; i < whole; i += kWarps * kRows) combine_rows<kRows>(g, stride, load, coefficients, i, lift, sum);
-  if (whole + warp < rows) combine_rows<1>(g, stride, load, coefficients, whole + warp, lift, sum);
+    for (; i < whole; i += kStep) combine_rows(load_at(i), coefficients, i, lift, sum);
+  }
+  if (whole + warp < rows) combine_rows(load_rows<1, kColumns>(g, stride, whole + warp, load), coefficients, whole + warp, lift, sum);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v)
 #pragma unroll
@@ -80,11 +104,13 @@ __global__ void __launch_bounds__(kThreads, kBlocks) combine_kernel(const Combin
   const bool is_whole = width == Tile::kStep;
   bool aligned = is_aligned<T, Tile::kColumns>(g, a.window.stride);
   double sum[kVectors][Tile::kColumns] = {};
-  const auto combine = [&](const auto& load) { combine_warp(g, a.window.stride, a.window.rows, load, coefficients, sum); };
+  const auto combine = [&]<bool kAhead = false>(const auto& load) {
+    combine_warp<kAhead>(g, a.window.stride, a.window.rows, load, coefficients, sum);
+  };
   if constexpr (kVectors == 1) {
     aligned &= is_whole;
     if (aligned)
-      combine([](const T* p) { return load_step<true, Tile::kColumns>(p); });
+      combine.template operator()<Tile::kAhead>([](const T* p) { return load_step<true, Tile::kColumns>(p); });
     else
       combine([&](const T* p) { return load_ragged_step<false, Tile::kColumns>(p, width); });
   } else {  // in loops of their own they need more registers than there are

@@ -9,10 +9,10 @@
 // by float64 from k = 8 or so. Expected: 85-90 % of the copy bandwidth for k <= 4. GPUs with 2 float64 operations a clock (compute
 // capability 8.6, 8.9, 12.0) are bound by these, at a few per cent of their bandwidth.
 //
-// What makes it fast: 16-byte loads, one per row for several rows before the first is used (2 blocks x 256 threads x 4 rows x 16 bytes
-// = 32 KB in flight on an SM, where NVIDIA's own kernels aim at 48 on an H200: tools/cuda_devices.py); rows belong to warps, so nothing
-// waits at a barrier while G streams; X's columns stay in shared memory in float64, converted once for all rows, and each chunk of 4096
-// columns ends in one shuffle reduction of 4 sums at once. No atomics: partial sums lie in a workspace and are added in order.
+// What makes it fast: 16-byte loads, one per row for 4 rows, of the next step while one step is added (2 blocks x 256 threads x 8 x 16
+// bytes = 64 KB in flight on an SM, where NVIDIA's own kernels aim at 48 on an H200: tools/cuda_devices.py); rows belong to warps, so
+// nothing waits at a barrier while G streams; X's columns stay in shared memory in float64, converted once for all rows, and each chunk of
+// 4096 columns ends in one shuffle reduction of 4 sums at once. No atomics: partial sums lie in a workspace and are added in order.
 #include <algorithm>
 
 #include "common/sizes.h"
@@ -41,10 +41,16 @@ __device__ __forceinline__ void dot_rows(const T* const (&rows)[WindowTile<T, kV
   constexpr int kStep = kWarpSize * kColumns;
   const int lane = lane_of_thread();
   Lift<T> lift[Tile::kRows];
-  const auto add = [&](int step, const auto& load) {
-    Pack<T, kColumns> g[Tile::kRows];
+  struct Step {
+    Pack<T, kColumns> rows[Tile::kRows];
+  };
+  const auto load_whole = [&](int step) {
+    Step g;
 #pragma unroll
-    for (int r = 0; r < Tile::kRows; ++r) g[r] = load(rows[r] + step);
+    for (int r = 0; r < Tile::kRows; ++r) g.rows[r] = load_step<kAligned, kColumns>(rows[r] + step);
+    return g;
+  };
+  const auto add = [&](int step, const Step& g) {
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       double xv[kVectors];
@@ -52,16 +58,35 @@ __device__ __forceinline__ void dot_rows(const T* const (&rows)[WindowTile<T, kV
       for (int v = 0; v < kVectors; ++v) xv[v] = x[v * Tile::kChunk + step + c * kWarpSize + lane];
 #pragma unroll
       for (int r = 0; r < Tile::kRows; ++r) {
-        const double value = lift[r](g[r].values[c]);
+        const double value = lift[r](g.rows[r].values[c]);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) sum[r * kVectors + v] += value * xv[v];
       }
     }
   };
   int step = 0;
-#pragma unroll 1  // the loads of one step are enough in flight, those of two do not fit the registers
-  for (; step + kStep <= width; step += kStep) add(step, [](const T* p) { return load_step<kAligned, kColumns>(p); });
-  if (step < width) add(step, [&](const T* p) { return load_ragged_step<kAligned, kColumns>(p, width - step); });
+  if constexpr (Tile::kAhead && kAligned) {
+    if (kStep <= width) {
+      Step g = load_whole(0);
+#pragma unroll 1
+      for (; step + 2 * kStep <= width; step += kStep) {
+        const Step next = load_whole(step + kStep);
+        add(step, g);
+        g = next;
+      }
+      add(step, g);
+      step += kStep;
+    }
+  } else {
+#pragma unroll 1  // the loads of two steps do not fit the registers
+    for (; step + kStep <= width; step += kStep) add(step, load_whole(step));
+  }
+  if (step < width) {
+    Step g;
+#pragma unroll
+    for (int r = 0; r < Tile::kRows; ++r) g.rows[r] = load_ragged_step<kAligned, kColumns>(rows[r] + step, width - step);
+    add(step, g);
+  }
 #pragma unroll
   for (int r = 0; r < Tile::kRows; ++r)
 #pragma unroll

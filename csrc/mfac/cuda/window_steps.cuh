@@ -18,6 +18,7 @@ inline int vectors_together(int64_t vectors) { return vectors == 1 ? 1 : kManyVe
 template <class T, int kVectors>
 struct WindowTile {
   static constexpr int kRows = 4;
+  static constexpr bool kAhead = kVectors == 1;  // a step is loaded while the one before it is added
   static constexpr int kColumns = kVectors == 1 || sizeof(T) > 2 ? 16 / sizeof(T) : 4;
   static constexpr int kStep = kWarpSize * kColumns;
   static constexpr int kChunk = kStaged / kVectors;
