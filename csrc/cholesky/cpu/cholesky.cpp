@@ -164,9 +164,8 @@ std::tuple<Tensor, Tensor> of_one_batch(const char* op, const Tensor& blocks, do
   const Tensor result = new_result(op, blocks);
   const auto sizes = blocks.sizes();
   const Tensor info = new_tensor(blocks, {sizes.begin(), sizes.end() - 2}, ScalarType::Int);
-  std::vector<DampedBatch> batches;
-  add_batch(op, -1, result, blocks, batches);
-  batches[0].damping = &damping;
+  const std::vector<DampedBatch> batches = {
+      {Batch(result, dtype_of(op, "result", result)), Batch(blocks, dtype_of(op, "blocks", blocks)), &damping, 0, 0}};
   run_blocks(batches, nullptr, kernel, job_as_it_is, static_cast<int32_t*>(info.mutable_data_ptr()));
   return {result, info};
 }

@@ -27,8 +27,10 @@ static_assert(kSlab == kThreads && kSlab % kDepth == 0);
 
 template <class T>
 __device__ __forceinline__ T element(const Side& side, const T* data, const PatchRow& row, const PatchColumn<T>& column) {
+  bool inside = column.has_element;
+  if (side.padded) inside &= meets_image(side.patches, row, column);
   T value = column.constant;
-  if (row.valid && column.has_element && (!side.padded || meets_image(side.patches, row, column))) value = data[row.offset + column.offset];
+  if (inside) value = data[row.offset + column.offset];
   return value;
 }
 
@@ -101,20 +103,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks) products_kernel(const Given
   __syncthreads();
   do {
     const auto& of_slab = item_of(given, item[0]);
-    rows[thread] = patch_row(of_slab.a.patches, first + thread, end);
-    weights[thread] = weight_of<A>(of_slab, first + thread, rows[thread]);
-    if (kCross) rows[kSlab + thread] = patch_row(b.patches, first + thread, end);
+    // Past the end the last row again, whose weight is 0 there: an element need not ask.
+    const int64_t at = min(first + thread, end - 1);
+    rows[thread] = patch_row(of_slab.a.patches, at, end);
+    weights[thread] = at == first + thread ? weight_of<A>(of_slab, at, rows[thread]) : A(0);
+    if (kCross) rows[kSlab + thread] = patch_row(b.patches, at, end);
     __syncthreads();
     A sum[kPer][kPer] = {};
     const auto chunks = static_cast<int>(divide_up(min(int64_t(kSlab), end - first), kDepth));
-    load(0);
-    store(0);
+    if (chunks > 0) {
+      load(0);
+      store(0);
+    }
     __syncthreads();
     for (int chunk = 0; chunk < chunks; ++chunk) {
       const bool more = chunk + 1 < chunks;
       if (more) load(chunk + 1);
       const auto from = stage + chunk % 2 * 2 * kDepth * kStride;
-#pragma unroll 1  // more would not fit the registers; other warps hide the latency
+#pragma unroll(kTile == 64 ? 2 : 1)  // more would not fit the registers; other warps hide the latency
       for (int k = 0; k < kDepth; ++k) {
         Pack<A, kWide> left[kPer / kWide], right[kPer / kWide];
 #pragma unroll

@@ -17,6 +17,9 @@
 
 namespace mfac_kernels {
 
+// p is refined by its residual and W; the rotations are found (find_rotations); the triangles meet them.
+enum class Drop { residual, refine, rotate };
+
 // (m) each, by slot
 struct Rotations {
   double *p, *cosine, *sine;

@@ -104,8 +104,6 @@ __global__ void __launch_bounds__(kSerialThreads, 1) begin_kernel(Core core, dou
   }
 }
 
-enum class Drop { residual, refine, rotate };
-
 // The gradients that stay where one is replaced; count < 0: none is.
 __device__ __forceinline__ Span staying(const Core& core, const Append& a) {
   return {a.older.slots, seen_of(core.state) > core.m ? a.older.count : -1};

@@ -36,7 +36,7 @@ struct GramArguments {
 template <class Tile>
 constexpr bool kTotalsInShared = sizeof(typename Tile::S) < sizeof(double) && Tile::kRows == 128;
 template <class Tile>
-constexpr int kGramBlocks = kTotalsInShared<Tile> ? 2 : 1;  // on an SM, at least
+constexpr int kGramBlocks = sizeof(typename Tile::S) < sizeof(double) ? 512 / Tile::kThreads : 1;  // on an SM, at least
 
 template <class Tile>
 struct RegisterTotals {

@@ -9,10 +9,11 @@
 // by float64 from k = 8 or so. Expected: 85-90 % of the copy bandwidth for k <= 4. GPUs with 2 float64 operations a clock (compute
 // capability 8.6, 8.9, 12.0) are bound by these, at a few per cent of their bandwidth.
 //
-// What makes it fast: 16-byte loads, one per row for 4 rows, of the next step while one step is added (2 blocks x 256 threads x 8 x 16
-// bytes = 64 KB in flight on an SM, where NVIDIA's own kernels aim at 48 on an H200: tools/cuda_devices.py); rows belong to warps, so
-// nothing waits at a barrier while G streams; X's columns stay in shared memory in float64, converted once for all rows, and each chunk of
-// 4096 columns ends in one shuffle reduction of 4 sums at once. No atomics: partial sums lie in a workspace and are added in order.
+// What makes it fast: 16-byte loads, one per row for 4 rows (2 blocks x 256 threads x 4 x 16 bytes = 32 KB in flight on an SM, where
+// NVIDIA's own kernels aim at 48 on an H200: tools/cuda_devices.py), on their way while the step before is added: registers for a second
+// step there are none. Rows belong to warps, so nothing waits at a barrier while G streams; X's columns stay in shared memory in float64,
+// converted once for all rows, and each chunk of 4096 columns ends in one shuffle reduction of 4 sums at once. No atomics: partial sums
+// lie in a workspace and are added in order.
 #include <algorithm>
 
 #include "common/sizes.h"
