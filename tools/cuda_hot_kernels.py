@@ -47,10 +47,10 @@ HOT_KERNELS = [
     HotKernel("combine_kernel<float, 1>", 256, (4, 16), 32, streams=True),
     HotKernel("combine_kernel<bf16, 1>", 256, (4, 16), 32, streams=True),
     HotKernel("combine_kernel<float, 4>", 256, (4, 16), 32, streams=True),
-    # The core, out of L2: 8 pairs of one of its entries and one of a vector, of a row, of a column, and rows that rotate
+    # The core, out of L2: 8 pairs of its entries and a vector's, along a row, down a column, and of rows that rotate
     HotKernel("append_kernel<0>", 256, (16, 8), 128),
     HotKernel("append_kernel<1>", 256, (16, 8), 128),
-    HotKernel("drop_kernel<2>", 256, (24, 8), 192),
+    HotKernel("drop_kernel<2>", 256, (16, 8), 128),
     HotKernel("begin_kernel", 1024, (0, 0), serial=True),
     HotKernel("find_rotations_kernel", 1024, (0, 0), serial=True),
     # Fixed gradients: elements one by one, of any stride and alignment

@@ -51,6 +51,29 @@ def test_resumes_bit_for_bit(dtype, normalize, count, gradients, device):
     assert torch.equal(window.diagonal(), other.diagonal())
 
 
+def test_a_state_from_a_cpu_goes_on_on_any_device(gradients, device):
+    m, d = 5, 37
+    window = fill(mk.FisherWindow(d, m, 0.1), gradients(13, d))
+    other = mk.FisherWindow(d, m, 0.1, device=device)
+    other.load_state_dict(saved(window))
+    for g in gradients(2 * m, d, seed=1):
+        want = window.update_ihvp(g)
+        # float32 results, and two ways of solving with a K whose condition is below 1e3
+        assert float((other.update_ihvp(g.to(device)).cpu() - want).norm()) <= 1e-6 * float(want.norm())
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 13])
+def test_what_a_gpu_keeps_beside_the_factor_is_missed_where_it_is_not(count, gradients):
+    window = fill(mk.FisherWindow(37, 5, 0.1), gradients(count, 37))
+    if count > 1 and not mk.build_info()["simt"]:
+        assert not window._keeps_inverse()
+    slots = window._by_age()
+    lower = window.factor[slots[:, None], slots].triu().mT
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(slots), dtype=lower.dtype), upper=False)
+    window.factor[slots[:, None], slots] = lower.mT + inverse.tril(-1)
+    assert window._keeps_inverse()
+
+
 def test_state_dict_is_live_and_loads_onto_itself(gradients, device):
     window = fill(mk.FisherWindow(6, 3, device=device), gradients(4, 6))
     state = window.state_dict()

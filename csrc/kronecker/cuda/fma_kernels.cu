@@ -4,8 +4,8 @@
 //
 // Floor: R D^2 flops in the lower triangle, multiply-adds in float32 (60 TFLOP/s on an H200) or float64; x read once. For a 3 x 3
 // convolution with 256 channels on 32 images of 14 x 14 (D = 2304, R = 6272) that is 0.56 ms of arithmetic and 2 us of memory: arithmetic
-// is the bound from D = 64 or so. Expected: 60-65 % of it with tiles of 128, 40 % with tiles of 64: of ten instructions of the loop seven
-// are multiply-adds and two address a patch.
+// is the bound from D = 64 or so. Expected: 65-68 % of it with tiles of 128, 49 % with tiles of 64, which is the share of the loop's
+// instructions that are multiply-adds; of the others half address patches.
 //
 // What makes it fast: im2col is address arithmetic, done while a tile goes to shared memory. Rows and columns of a tile are decoded into
 // tables, once per 256 rows and once per tile, so an element costs an addition, three comparisons if the image is padded, and a load that
