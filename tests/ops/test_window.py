@@ -230,14 +230,14 @@ def test_core_of_many_gradients(m, instruction_set, device):
     assert float((x - b @ inverse).norm()) <= tolerance * float((b @ inverse).norm())
 
 
-@pytest.mark.parametrize("shift", [1.0, 1e-4, 1e-8])
+@pytest.mark.parametrize("shift", [1.0, 1e-8])
 @pytest.mark.parametrize("kind", ["copies", "few directions", "one direction", "scales"])
 def test_core_of_dependent_gradients_drifts_no_further_than_rounding(kind, shift, instruction_set, device):
     """L L^T = K entry by entry, relative to the diagonal: a rotation and an append round each row of L to a few eps of
     its norm, a row meets at most m of them, and its rounding goes with it."""
-    m, d, count = 20, 60, 110
+    m, d, count = 40, 60, 160
     generator = torch.Generator().manual_seed(1)
-    base = torch.randn(3, d, dtype=torch.float64, generator=generator)
+    base = torch.randn(3, d, dtype=torch.float64, generator=generator) * torch.tensor([[1.0], [0.1], [0.01]])
     g, (gram, factor, state) = torch.zeros(m, d, dtype=torch.float64), empty_core(m, device)
     for t in range(count):
         row = {

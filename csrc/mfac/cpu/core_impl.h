@@ -63,6 +63,7 @@ MFAC_INLINE void sweep_columns(double* factor, int64_t m, int64_t oldest, int64_
       f64v vp = kUpdate ? load<f64v>(v + p) : f64v{}, bp = load<f64v>(b + p);
 #pragma GCC unroll 4
       for (int c = 0; c < n; ++c) {
+        prefetch(column[c] + n * m + p);  // the next columns
         f64v l = load<f64v>(column[c] + p);
         rotate<kUpdate>(l, vp, bp, cosine[c], sine[c], y[c]);
         if (kUpdate) store(column[c] + p, l);
@@ -96,9 +97,7 @@ MFAC_INLINE void back_columns(const double* factor, int64_t m, int64_t oldest, i
     for (; p + kLanes <= end; p += kLanes) {
       const f64v xp = load<f64v>(x + p);
 #pragma GCC unroll 4
-      for (int c = 0; c < n; ++c) {
-        sums[c] += load<f64v>(column[c] + p) * xp;
-      }
+      for (int c = 0; c < n; ++c) sums[c] += load<f64v>(column[c] + p) * xp;
     }
     for (; p < end; ++p)
       for (int c = 0; c < n; ++c) sum[c] += column[c][p] * x[p];
