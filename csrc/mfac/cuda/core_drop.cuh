@@ -43,7 +43,7 @@ __device__ __forceinline__ double sum_before(double value, Shared<double> scratc
 
 // cosine, sine and scale from p, by one block. scratch: kWarpSize
 __device__ __forceinline__ void find_rotations(const Span& span, const Rotations& r, Shared<double> scratch) {
-  const int64_t each = (span.count + blockDim.x - 1) / blockDim.x;
+  const int64_t each = divide_up(span.count, blockDim.x);
   const int64_t begin = min(each * threadIdx.x, span.count), end = min(begin + each, span.count);
   double square = 0;
   for (int64_t y = begin; y < end; ++y) {
@@ -64,7 +64,7 @@ __device__ __forceinline__ void find_rotations(const Span& span, const Rotations
 // The array meets every rotation, kColumns for each block. v (m) by slot. factor_sums, inverse_sums: kPartSums
 __device__ __forceinline__ void rotate(double* array, const Span& span, const double* v, const Rotations& r, Shared<double> factor_sums,
                                        Shared<double> inverse_sums) {
-  const int64_t m = span.slots.m, each = (span.count + kParts - 1) / kParts, step = int64_t(gridDim.x) * kColumns;
+  const int64_t m = span.slots.m, each = divide_up(span.count, kParts), step = int64_t(gridDim.x) * kColumns;
   const int column = threadIdx.x % kColumns, part = threadIdx.x / kColumns;
   const int64_t begin = min(part * each, span.count), end = min(begin + each, span.count);
   for (int64_t first = int64_t(blockIdx.x) * kColumns; first < span.count; first += step) {

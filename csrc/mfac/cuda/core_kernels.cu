@@ -194,16 +194,20 @@ class Launches {
   cudaError_t error_ = cudaSuccess;
 };
 
-unsigned blocks_for(int64_t m) { return static_cast<unsigned>((m + kColumns - 1) / kColumns); }
+unsigned blocks_for(int64_t m) { return static_cast<unsigned>(divide_up(m, kColumns)); }
+
+template <class Body>
+void for_each_pass(const Body& body) {
+  body.template operator()<Pass::forward>();
+  body.template operator()<Pass::forward_residual>();
+  body.template operator()<Pass::forward_refined>();
+  body.template operator()<Pass::back>();
+  body.template operator()<Pass::back_residual>();
+  body.template operator()<Pass::back_refined>();
+}
 
 void launch_append(Launches& run, const Core& core, int64_t age) {
-  const dim3 grid(blocks_for(core.m));
-  run(append_kernel<Pass::forward>, grid, kCoreThreads, core, age);
-  run(append_kernel<Pass::forward_residual>, grid, kCoreThreads, core, age);
-  run(append_kernel<Pass::forward_refined>, grid, kCoreThreads, core, age);
-  run(append_kernel<Pass::back>, grid, kCoreThreads, core, age);
-  run(append_kernel<Pass::back_residual>, grid, kCoreThreads, core, age);
-  run(append_kernel<Pass::back_refined>, grid, kCoreThreads, core, age);
+  for_each_pass([&]<Pass pass> { run(append_kernel<pass>, dim3(blocks_for(core.m)), kCoreThreads, core, age); });
 }
 
 }  // namespace
@@ -231,12 +235,7 @@ cudaError_t core_solve(const double* factor, const int64_t* state, int64_t m, do
   constexpr int64_t kMostRows = 65535;  // of a grid
   const dim3 grid(blocks_for(m), static_cast<unsigned>(vectors < kMostRows ? vectors : kMostRows));
   Launches run(stream);
-  run(solve_kernel<Pass::forward>, grid, kCoreThreads, core, b, work, x, vectors);
-  run(solve_kernel<Pass::forward_residual>, grid, kCoreThreads, core, b, work, x, vectors);
-  run(solve_kernel<Pass::forward_refined>, grid, kCoreThreads, core, b, work, x, vectors);
-  run(solve_kernel<Pass::back>, grid, kCoreThreads, core, b, work, x, vectors);
-  run(solve_kernel<Pass::back_residual>, grid, kCoreThreads, core, b, work, x, vectors);
-  run(solve_kernel<Pass::back_refined>, grid, kCoreThreads, core, b, work, x, vectors);
+  for_each_pass([&]<Pass pass> { run(solve_kernel<pass>, grid, kCoreThreads, core, b, work, x, vectors); });
   return run.error();
 }
 

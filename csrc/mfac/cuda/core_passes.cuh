@@ -14,6 +14,7 @@
 // are as accurate as substitution for every K that float64 can hold.
 #pragma once
 #include "common/cuda/launch.h"
+#include "common/sizes.h"
 #include "mfac/ring.h"
 
 namespace mfac_kernels {

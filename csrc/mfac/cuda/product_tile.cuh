@@ -136,10 +136,10 @@ struct Staging {
   static_assert(!kInRows || kSize % kRuns == 0);
   T values[kElements] = {};
 
-  static __device__ __forceinline__ int first_i() { return static_cast<int>(threadIdx.x) / (kInRows ? kRun : 1) % kSize; }
-  static __device__ __forceinline__ int first_k() {
-    return kInRows ? static_cast<int>(threadIdx.x) % kRun : static_cast<int>(threadIdx.x) / kRun;
-  }
+  static __device__ __forceinline__ int run() { return static_cast<int>(threadIdx.x) / kRun; }
+  static __device__ __forceinline__ int place() { return static_cast<int>(threadIdx.x) % kRun; }
+  static __device__ __forceinline__ int first_i() { return kInRows ? run() : place(); }
+  static __device__ __forceinline__ int first_k() { return kInRows ? place() : run(); }
   static __device__ constexpr int i(int e) { return kInRows ? e % kPasses * kRuns : 0; }
   static __device__ constexpr int k(int e) { return kInRows ? e / kPasses * kRun : e * kRuns; }
 

@@ -20,27 +20,23 @@ struct CombineArguments {
   double beta, alpha;
 };
 
-template <class T, int kRows, int kColumns>
-struct Rows {
-  Pack<T, kColumns> packs[kRows];
-};
 template <int kRows, int kColumns, class T, class Load>
-__device__ __forceinline__ Rows<T, kRows, kColumns> load_rows(const T* g, int64_t stride, int64_t i, const Load& load) {
-  Rows<T, kRows, kColumns> rows;
+__device__ __forceinline__ Packs<T, kRows, kColumns> load_rows(const T* g, int64_t stride, int64_t i, const Load& load) {
+  Packs<T, kRows, kColumns> packs;
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) rows.packs[r] = load(g + (i + r) * stride);
-  return rows;
+  for (int r = 0; r < kRows; ++r) packs.rows[r] = load(g + (i + r) * stride);
+  return packs;
 }
 
 // sum += rows [i, i + kRows) times their coefficients, which are `rows` apart from vector to vector
 template <int kRows, int kVectors, int kColumns, class T>
-__device__ __forceinline__ void combine_rows(const Rows<T, kRows, kColumns>& rows, const double* const (&coefficients)[kVectors], int64_t i,
-                                             Lift<T> (&lift)[kColumns], double (&sum)[kVectors][kColumns]) {
+__device__ __forceinline__ void combine_rows(const Packs<T, kRows, kColumns>& packs, const double* const (&coefficients)[kVectors],
+                                             int64_t i, Lift<T> (&lift)[kColumns], double (&sum)[kVectors][kColumns]) {
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     double value[kColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) value[c] = lift[c](rows.packs[r].values[c]);
+    for (int c = 0; c < kColumns; ++c) value[c] = lift[c](packs.rows[r].values[c]);
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       const double coefficient = coefficients[v][i + r] * Lift<T>::kScale;

@@ -42,9 +42,7 @@ __device__ __forceinline__ void dot_rows(const T* const (&rows)[WindowTile<T, kV
   constexpr int kStep = kWarpSize * kColumns;
   const int lane = lane_of_thread();
   Lift<T> lift[Tile::kRows];
-  struct Step {
-    Pack<T, kColumns> rows[Tile::kRows];
-  };
+  using Step = Packs<T, Tile::kRows, kColumns>;
   const auto load_whole = [&](int step) {
     Step g;
 #pragma unroll

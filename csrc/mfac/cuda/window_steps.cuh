@@ -63,6 +63,12 @@ __device__ __forceinline__ int position_of(int column, bool aligned) {
   return aligned ? column - within + within % kColumns * kWarpSize + within / kColumns : column;
 }
 
+// A lane's packs of several rows
+template <class T, int kRows, int kColumns>
+struct Packs {
+  Pack<T, kColumns> rows[kRows];
+};
+
 // May steps of these rows be loaded pack by pack?
 template <class T, int kColumns>
 __device__ __forceinline__ bool is_aligned(const T* first, int64_t stride) {
